@@ -1,0 +1,376 @@
+"""YAML to frozen, validated dataclasses: what stands behind the names on the command line.
+
+A configuration is data. No code branches on its name or on a data set's name; adding a data set or an objective is
+one entry in one YAML file. `load_config` is the only way in, and every mistake in a file ends in a `ConfigError` of
+one line that names the key, the nearest valid one and the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = "configs/paper_7b.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line that says what to do."""
+
+
+def nearest(name: str, valid) -> str:
+    """The end of an error message: the nearest valid name, if one is near, and the list of all."""
+    valid = sorted(str(v) for v in valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid) if valid else '(none)'}"
+
+
+# ---------------------------------------------------------------------------------------------------- specifications
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA adapter's shape (PEFT's names)."""
+
+    r: int
+    alpha: int
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A pretrained model: `path` is a Hub name or a folder (see `Config.locate`)."""
+
+    path: str
+    num_layers: int | None = None  # keep the first N layers; None keeps all
+    special_tokens: dict[str, str] = field(default_factory=dict)  # e.g. {pad_token: "[PAD]"}, added to the tokenizer
+    lora: LoraSpec | None = None
+    made_by: str = ""  # the command that makes `path`, for the error message when it is missing
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where rows of text come from: local files first (`files`, if they exist), else a data set of the Hub."""
+
+    hub: str = ""
+    hub_config: str | None = None
+    hub_data_dir: str | None = None
+    split: str = "train"
+    files: tuple[str, ...] = ()  # paths, relative to $DATA_DIR (or to the workspace where it is not set)
+    hash_range: tuple[float, float] = (0.0, 1.0)  # keep prompts whose hash lies in [low, high): disjoint splits
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """The shape of iteration 0's trees (published: 4 children, then 2, 5 layers)."""
+
+    root_children: int = 4
+    non_root_children: int = 2
+    num_layers: int = 5
+    num_prompts: int = 5000
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Value regression's hyperparameters; the defaults are the published ones."""
+
+    num_epochs: int = 1
+    batch_size: int = 16  # nodes per optimizer step
+    lr: float = 2e-5
+    weight_decay: float = 2e-3
+    warmup_steps: int = 100
+    bf16: bool = False
+    packing: str = "node"  # "node": one path per example, as published; "tree": one pass over a tree's unique tokens
+    deepest_fraction: float = 0.5  # share of each tree's deepest-level nodes that is trained on
+    seed: int = 8888
+
+
+@dataclass(frozen=True)
+class SFTSpec:
+    """Supervised fine-tuning's hyperparameters; the defaults are the published ones."""
+
+    lora: LoraSpec = LoraSpec(64, 128, 0.05)
+    lr: float = 1.4e-4
+    batch_size: int = 1
+    max_steps: int = 20_000
+    num_samples: int = 5_000
+    max_length: int = 512
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    bf16: bool = True
+    seed: int = 8888
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set: its prompts, how they are shown to the reference, and the defaults of its stages."""
+
+    name: str
+    exp_type: str  # the name that Finetuning/ scripts use ("assistant", "summary")
+    prompt_format: str  # a key of text_formats.FORMATS: how a row becomes a prompt
+    reference_template: str  # what the reference reads; fields {prompt}, {user}
+    splits: dict[str, SourceSpec]
+    objectives: tuple[str, ...]
+    max_new_tokens: int
+    max_prompt_tokens: int
+    min_prompt_tokens: int = 1
+    max_post_chars: int | None = None  # exclusive bounds on the user's text, where the format has them
+    min_post_chars: int | None = None
+    num_val_prompts: int = 300
+    sft_model: str = ""  # the reference; empty: sft_model/<name>
+    sft: SFTSpec = SFTSpec()
+    trees: TreeSpec = TreeSpec()
+    training: TrainingSpec = TrainingSpec()
+
+
+@dataclass(frozen=True)
+class RewardTrainingSpec:
+    """How `train_reward_model.py` makes a reward model, where no published one is used."""
+
+    kind: str  # "preference": rows with chosen and rejected; "labels": rows with a text and a 0/1 label
+    source: SourceSpec
+    holdout: SourceSpec
+    head: str = "linear"  # "linear": frozen trunk, Bradley-Terry on averaged features; "full": fine-tune every layer
+    num_layers: int | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_rows: int | None = None
+    max_length: int = 512
+    lr: float = 1e-4
+    num_epochs: int = 1
+    batch_size: int = 8
+    l2: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """One reward: a checkpoint (`path`) or a Python callable (`function`), and the text it is shown.
+
+    `text` is a template with the fields {prompt} (the data set's prompt), {user} (the human's words in it), {shown}
+    (what the reference read), {response}, {bos}, {eos}.
+    """
+
+    name: str
+    kind: str  # "classifier": a sequence-classification checkpoint; "pooled": train_reward_model.py's linear head;
+    #            "callable": package.module:function from (prompts, responses) to N numbers
+    path: str = ""
+    function: str = ""
+    label: int = 0  # which logit of a classifier
+    sign: float = 1.0
+    text: str = "{prompt}{response}"
+    max_length: int = 512
+    description: str = ""
+    training: RewardTrainingSpec | None = None
+    deepest_fraction_continued: float | None = None  # value training with --init_checkpoint (published: 1.0 for harm)
+
+
+@dataclass(frozen=True)
+class DecodingSpec:
+    """Decoding's defaults (published v1: temperature 1, k 15, min-max)."""
+
+    temperature: float = 1.0
+    top_k: int = 15
+    normalization: str = "minmax"
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Evaluation's defaults: prompts from index 0 of the test split."""
+
+    num_prompts: int = 100
+    num_trials: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that stands behind the names; `workspace` is where the stages keep what they make."""
+
+    path: Path
+    workspace: Path
+    base_model: ModelSpec
+    value_model: ModelSpec
+    datasets: dict[str, DatasetSpec]
+    objectives: dict[str, ObjectiveSpec]
+    decoding: DecodingSpec = DecodingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    cpu_dtype: str = "float32"
+    gpu_dtype: str = "bfloat16"
+    label: str = ""  # printed in reports, so that a small world's results are not taken for another's
+
+    def dataset(self, name: str) -> DatasetSpec:
+        """The data set of that name (or of that `exp_type`)."""
+        for spec in self.datasets.values():
+            if name in (spec.name, spec.exp_type):
+                return spec
+        raise ConfigError(f"unknown data set {name!r} in {self.path}; {nearest(name, self.datasets)}")
+
+    def objective(self, name: str) -> ObjectiveSpec:
+        if name not in self.objectives:
+            raise ConfigError(f"unknown objective {name!r} in {self.path}; {nearest(name, self.objectives)}")
+        return self.objectives[name]
+
+    def locate(self, path: str) -> str:
+        """A folder of the workspace if there is one of that name, else a local folder, else the name itself (Hub)."""
+        if not os.path.isabs(path) and (self.workspace / path).exists():
+            return str(self.workspace / path)
+        return path
+
+    def default_path(self, *parts: str) -> Path:
+        """Where a default artefact lies: below the workspace."""
+        return self.workspace.joinpath(*parts)
+
+    def sft_path(self, dataset: DatasetSpec) -> str:
+        """The reference model of a data set, as a workspace path or a Hub name."""
+        return self.locate(dataset.sft_model or f"sft_model/{dataset.name}")
+
+    def as_dict(self) -> dict:
+        """Plain data for args.yaml."""
+        return _plain(self)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(cls, data, where: str, file: Path, **given):
+    """Build dataclass `cls` from a mapping; `where` is the key's place in the file, for the message."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: {where or 'the file'} must be a mapping, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in given]
+    for key in data:
+        if key not in names:
+            raise ConfigError(f"{file}: unknown key {(where + '.' if where else '') + str(key)!r}; {nearest(key, names)}")
+    values = dict(given)
+    for f in dataclasses.fields(cls):
+        if f.name in given:
+            continue
+        place = f"{where}.{f.name}" if where else f.name
+        if f.name in data:
+            values[f.name] = _convert(hints[f.name], data[f.name], place, file)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{file}: key {place!r} is missing")
+    return cls(**values)
+
+
+def _convert(hint, value, where: str, file: Path):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where, file)
+    if dataclasses.is_dataclass(hint):
+        given = {"name": where.rsplit(".", 1)[-1]} if "name" in hint.__dataclass_fields__ else {}
+        return _build(hint, value, where, file, **given)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{file}: {where} must be a mapping, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{file}: {where} must be a list, got {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ConfigError(f"{file}: {where} must have {len(args)} entries, got {len(value)}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]", file) for i, v in enumerate(value))
+    if hint is Path:
+        return Path(str(value))
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML reads 2e-5 as a string
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif hint is bool or hint is str:
+        if isinstance(value, hint):
+            return value
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"{file}: {where} must be a {hint.__name__}, got {value!r}")
+
+
+def _resolve(path: str | os.PathLike) -> Path:
+    """A configuration's file: as given, else below the repository, so that scripts run from anywhere."""
+    candidates = [Path(path), REPOSITORY / path, REPOSITORY / "configs" / f"{path}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = [p.stem for p in (REPOSITORY / "configs").glob("*.yaml")]
+    raise ConfigError(f"no configuration file {str(path)!r}; {nearest(Path(path).stem, known)} (in configs/)")
+
+
+def load_config(path: str | os.PathLike | None = None, workspace: str | os.PathLike | None = None) -> Config:
+    """Read and validate a configuration.
+
+    Args:
+        path: a YAML file; None takes the environment's MAVIS_CONFIG, else the paper's configuration.
+        workspace: overrides the file's `workspace`. A relative one in the file is relative to the repository.
+
+    Raises:
+        ConfigError: one line that names what is wrong.
+    """
+    file = _resolve(path or os.environ.get("MAVIS_CONFIG") or DEFAULT_CONFIG)
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: the file must be a mapping, got {type(data).__name__}")
+    data = dict(data)
+    if workspace is not None:
+        data["workspace"] = str(Path(workspace).absolute())
+    elif "workspace" in data:
+        data["workspace"] = str((REPOSITORY / str(data["workspace"])).resolve())
+    config = _build(Config, data, "", file, path=file)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """What types alone do not say."""
+
+    def choice(value, valid, where):
+        if value not in valid:
+            raise ConfigError(f"{config.path}: {where} is {value!r}; {nearest(value, valid)}")
+
+    for spec in config.datasets.values():
+        where = f"datasets.{spec.name}"
+        for objective in spec.objectives:
+            choice(objective, config.objectives, f"{where}.objectives")
+        choice(spec.training.packing, ("node", "tree"), f"{where}.training.packing")
+        if spec.max_new_tokens < 1:
+            raise ConfigError(f"{config.path}: {where}.max_new_tokens must be at least 1, got {spec.max_new_tokens}")
+    for spec in config.objectives.values():
+        where = f"objectives.{spec.name}"
+        choice(spec.kind, ("classifier", "pooled", "callable"), f"{where}.kind")
+        needed = "function" if spec.kind == "callable" else "path"
+        if not getattr(spec, needed):
+            raise ConfigError(f"{config.path}: {where}.{needed} is missing (kind {spec.kind!r} needs it)")
+        if spec.training:
+            choice(spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
+            choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
+    choice(config.decoding.normalization, ("minmax", "none", "zscore"), "decoding.normalization")
+    for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):
+        choice(dtype, ("float32", "float64", "bfloat16", "float16"), where)
