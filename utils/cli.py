@@ -1,0 +1,141 @@
+"""What the stage scripts share on the command line: common arguments, weights and iterations, exit statuses."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterable, Sequence
+
+from utils.config import Config, ConfigError, load_config
+
+
+class UsageError(ValueError):
+    """A command line that cannot be meant: exit status 2."""
+
+
+class DataError(ValueError):
+    """Input that cannot be used (a file, a checkpoint, a prompt): exit status 1."""
+
+
+def add_common(parser: ArgumentParser) -> None:
+    """The arguments of every script."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--config", help="configuration: a YAML file or a name in configs/ (default: $MAVIS_CONFIG, else the paper's)")
+    group.add_argument("--workspace", help="folder of everything the stages make (default: the configuration's)")
+    group.add_argument("--device", help="torch device, e.g. cuda:1 or cpu (default: the first GPU, else the CPU)")
+    group.add_argument("--wandb", action=BooleanOptionalAction, default=False, help="log to Weights & Biases (mode from its environment)")
+    group.add_argument("--dry_run", action="store_true", help="print what would be loaded, and from where; load nothing")
+
+
+def config_from(args: Namespace) -> Config:
+    """The configuration that the command line names."""
+    return load_config(args.config, args.workspace)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call a script's `main`; a user's mistake becomes one line on stderr and an exit status, never a traceback."""
+    try:
+        return int(main() or 0)
+    except (UsageError, ConfigError) as error:
+        return _fail(error, 2)
+    except (DataError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        return _fail(error, 1)
+    except OSError as error:  # no space left, a hub that cannot be reached, ...
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _fail(error: Exception, status: int) -> int:
+    if os.environ.get("MAVIS_DEBUG"):
+        raise error
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def check_beta(beta: float) -> float:
+    """A beta that can tilt: finite and not negative."""
+    if not math.isfinite(beta) or beta < 0:
+        raise UsageError(f"--beta must be a finite number of at least 0, got {beta}")
+    return beta
+
+
+def parse_weights(text: str, objectives: Sequence[str]) -> dict[str, float]:
+    """`0.2,,0.8` to {objective: weight} in the data set's order; an empty place is 0, and zeros are left out.
+
+    Raises:
+        UsageError: not numbers, negative, nan, another count than the objectives, or a sum other than 1.
+    """
+    order = ",".join(objectives)
+    cells = [c.strip() for c in text.split(",")]
+    if len(cells) > len(objectives):
+        raise UsageError(f"--obj_weights {text!r} has {len(cells)} weights for the {len(objectives)} objectives {order}")
+    try:
+        weights = [float(c) if c else 0.0 for c in cells]
+    except ValueError:
+        raise UsageError(f"--obj_weights {text!r}: each weight must be a number or empty, in the order {order}") from None
+    if any(not math.isfinite(w) or w < 0 for w in weights):
+        raise UsageError(f"--obj_weights {text!r}: weights must be finite and not negative")
+    if abs(sum(weights) - 1.0) > 1e-6:
+        raise UsageError(f"--obj_weights {text!r} sum to {sum(weights):g}; they must sum to 1 (order: {order})")
+    return {name: w for name, w in zip(objectives, weights, strict=False) if w > 0}
+
+
+def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[str]) -> dict[str, int]:
+    """`1,,0` to {objective: iteration of its value model}; one number alone stands for all weighted objectives.
+
+    Raises:
+        UsageError: an iteration is missing for a weighted objective, or is no whole number of at least 0.
+    """
+    cells = [c.strip() for c in str(text).split(",")]
+    if len(cells) == 1 and cells[0]:
+        cells = cells * len(objectives)
+    if len(cells) > len(objectives):
+        raise UsageError(f"--value_model_iter {text!r} has {len(cells)} places for the {len(objectives)} objectives {','.join(objectives)}")
+    cells += [""] * (len(objectives) - len(cells))
+    iterations = {}
+    for name, cell in zip(objectives, cells, strict=True):
+        if name not in weights:
+            continue
+        if not cell.isdigit():
+            raise UsageError(f"--value_model_iter {text!r}: {name} has a weight and needs an iteration (0, 1, ...), got {cell!r}")
+        iterations[name] = int(cell)
+    return iterations
+
+
+def report_dry_run(rows: Iterable[tuple[str, str, str]]) -> None:
+    """Print what a stage would load or make: (what, path or name, where it is found or what makes it)."""
+    rows = [("what", "path", "found"), *rows]
+    widths = [max(len(str(r[i])) for r in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def found(path: str, made_by: str = "") -> str:
+    """Where a model or folder would come from, for `report_dry_run`."""
+    if os.path.exists(path):
+        return "here"
+    if made_by:
+        return f"missing; made by: {made_by}"
+    return "Hub" if str(path).count("/") == 1 and not str(path).startswith((".", "/")) else "missing"
+
+
+def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: str = "it"):
+    """A tqdm bar on stderr, quiet when stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' load reports and progress bars out of a stage's output."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
