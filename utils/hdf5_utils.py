@@ -1,0 +1,291 @@
+"""Trees on disk: tokens in HDF5, structure and values in JSON; atomic, resumable, mergeable, nothing pickled.
+
+A data folder holds
+
+    collection.json            what the trees were made with; a folder made with other arguments is refused
+    all_tokens.hdf5            one group per prompt, `prompt<i>`: `tokens` (flat int32) and `offsets` (N + 1)
+    prompt<i>_tree.json        structure, log-ratios and, once labelled, values (after the split: in train/ or val/)
+    parts/prompt<i>.npy        tokens of trees that are not yet in all_tokens.hdf5 (only while data is collected)
+
+A tree's tokens are on disk before its JSON file, whose presence means that the tree is complete. HDF5 files cannot be
+appended to safely, so they are only ever replaced whole: `consolidate` writes a new one and renames it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from utils.cli import DataError
+from utils.trees import Tree, check_tree
+
+TOKENS = "all_tokens.hdf5"
+FORMAT = 1
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a whole file or none: to a temporary name, flushed to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def claim_collection(data_dir: Path, arguments: dict) -> None:
+    """Record what a folder's trees are made with, or check that it is the same.
+
+    Raises:
+        DataError: the folder was made with other arguments.
+    """
+    path = data_dir / "collection.json"
+    if path.exists():
+        known = _read_json(path)
+        for key in sorted(set(known) | set(arguments)):
+            if known.get(key) != arguments.get(key):
+                raise DataError(
+                    f"{data_dir} was made with {key}={known.get(key)!r}, this command has {arguments.get(key)!r}; "
+                    "give another --output_dir or the same arguments"
+                )
+        return
+    write_atomically(path, json.dumps(arguments, indent=1, sort_keys=True) + "\n")
+
+
+def write_tree(data_dir: Path, tree: Tree) -> None:
+    """Store one new tree: its tokens first, then the JSON file that marks it complete."""
+    check_tree(tree)
+    flat, offsets = _flatten(tree.tokens)
+    part = data_dir / "parts" / f"prompt{tree.prompt_index}.npy"
+    write_atomically(part, _npy(np.concatenate([[len(offsets)], offsets, flat]).astype(np.int64)))
+    write_structure(data_dir / f"prompt{tree.prompt_index}_tree.json", tree)
+
+
+def write_structure(path: Path, tree: Tree) -> None:
+    """Write a tree's JSON file: everything but its tokens."""
+    record = {
+        "format": FORMAT,
+        "prompt_index": tree.prompt_index,
+        "prompt": tree.prompt,
+        "parent": tree.parent.tolist(),
+        "log_ratio": tree.log_ratio.tolist(),
+        "finished": None if tree.finished is None else tree.finished.tolist(),
+        "values": {name: values.tolist() for name, values in sorted(tree.values.items())},
+    }
+    write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_discarded(data_dir: Path, prompt_index: int, prompt: str, reason: str) -> None:
+    """Record that a prompt has no tree, and why, so that it is neither tried again nor missed in silence."""
+    record = {"format": FORMAT, "prompt_index": prompt_index, "prompt": prompt, "discarded": reason}
+    write_atomically(data_dir / f"prompt{prompt_index}_tree.json", json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def consolidate(data_dir: Path) -> int:
+    """Move the tokens in `parts/` into all_tokens.hdf5, in the order of the prompts; returns how many trees it holds."""
+    data_dir, target = Path(data_dir), Path(data_dir) / TOKENS
+    parts = {int(p.stem[6:]): p for p in (data_dir / "parts").glob("prompt*.npy")}
+    parts = {i: p for i, p in parts.items() if tree_path(data_dir, i) is not None}  # a tree without its JSON is unfinished
+    if parts:
+        temporary = data_dir / f".{TOKENS}.{os.getpid()}.tmp"
+        try:
+            with h5py.File(temporary, "w") as out:
+                old = _open(target) if target.exists() else None
+                known = {int(name[6:]) for name in old} if old is not None else set()
+                for index in sorted(known | set(parts)):
+                    if index in parts:
+                        stored = np.load(parts[index], allow_pickle=False)
+                        n = int(stored[0])
+                        _store(out, index, stored[1 + n :], stored[1 : 1 + n])
+                    else:
+                        old.copy(f"prompt{index}", out)
+                if old is not None:
+                    old.close()
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    shutil.rmtree(data_dir / "parts", ignore_errors=True)
+    if not target.exists():
+        return 0
+    with _open(target) as file:
+        return len(file)
+
+
+def _store(file: h5py.File, index: int, flat: np.ndarray, offsets: np.ndarray) -> None:
+    group = file.create_group(f"prompt{index}")
+    group.create_dataset("tokens", data=flat.astype(np.int32))
+    group.create_dataset("offsets", data=offsets.astype(np.int64))
+
+
+def _flatten(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int64)
+    return np.concatenate(tokens).astype(np.int32), offsets
+
+
+def _npy(array: np.ndarray) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def tree_path(data_dir: str | Path, prompt_index: int) -> Path | None:
+    """Where a prompt's JSON file lies (the folder itself, train/ or val/), or None."""
+    for folder in (Path(data_dir), Path(data_dir) / "train", Path(data_dir) / "val"):
+        path = folder / f"prompt{prompt_index}_tree.json"
+        if path.is_file():
+            return path
+    return None
+
+
+def stored_indices(data_dir: str | Path, split: str = "all") -> list[int]:
+    """Prompts with a JSON file, discarded ones included; split is "all", "train" or "val"."""
+    folders = {"all": ("", "train", "val"), "train": ("train",), "val": ("val",)}[split]
+    found = set()
+    for folder in folders:
+        for path in (Path(data_dir) / folder).glob("prompt*_tree.json"):
+            digits = path.name[len("prompt") : -len("_tree.json")]
+            if digits.isdigit():
+                found.add(int(digits))
+    return sorted(found)
+
+
+def tree_indices(data_dir: str | Path, split: str = "all") -> list[int]:
+    """Prompts that have a tree, in order."""
+    return [i for i in stored_indices(data_dir, split) if "discarded" not in _read_json(tree_path(data_dir, i))]
+
+
+def read_tree(data_dir: str | Path, prompt_index: int) -> Tree:
+    """One prompt's tree.
+
+    Raises:
+        DataError: no such tree, or files that are corrupt, truncated, foreign or of two different trees.
+    """
+    path = tree_path(data_dir, prompt_index)
+    if path is None:
+        raise DataError(f"no tree of prompt {prompt_index} in {data_dir}; make it with get_data_base.py")
+    record = _read_json(path)
+    if record.get("format") != FORMAT or "prompt_index" not in record:
+        raise DataError(f"{path} is not a tree of this project (format {record.get('format')!r}, expected {FORMAT})")
+    if "discarded" in record:
+        raise DataError(f"prompt {prompt_index} in {data_dir} has no tree: {record['discarded']}")
+    try:
+        finished = record["finished"]
+        tree = Tree(
+            parent=np.array(record["parent"], np.int64),
+            tokens=_read_tokens(Path(data_dir), prompt_index),
+            log_ratio=np.array(record["log_ratio"], np.float64),
+            values={name: np.array(v, np.float64) for name, v in record["values"].items()},
+            prompt=str(record["prompt"]),
+            prompt_index=prompt_index,
+            finished=None if finished is None else np.array(finished, bool),
+        )
+        check_tree(tree)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} and {TOKENS} do not hold one sound tree: {' '.join(str(error).split())}") from error
+    return tree
+
+
+def read_trees(data_dir: str | Path, split: str = "all") -> Iterator[Tree]:
+    """All trees of a folder, in the order of the prompts; split is "all", "train" or "val"."""
+    for index in tree_indices(data_dir, split):
+        yield read_tree(data_dir, index)
+
+
+def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
+    part = data_dir / "parts" / f"prompt{index}.npy"
+    if part.is_file():
+        try:
+            stored = np.load(part, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{part} is corrupt ({error}); delete it and its tree's JSON file, and collect again") from error
+        n = int(stored[0])
+        offsets, flat = stored[1 : 1 + n], stored[1 + n :]
+    else:
+        with _open(data_dir / TOKENS) as file:
+            name = f"prompt{index}"
+            if name not in file:
+                raise DataError(f"{data_dir / TOKENS} has no entry {name}")
+            try:
+                group = file[name]
+                offsets, flat = group["offsets"][:], group["tokens"][:]
+            except (KeyError, OSError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+                raise DataError(f"{data_dir / TOKENS}: entry {name} is corrupt or foreign ({error})") from error
+    if offsets.ndim != 1 or flat.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
+        raise DataError(f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens")
+    return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise DataError(f"no {path}; collect trees with get_data_base.py, or name the folder that holds them") from None
+    except OSError as error:
+        raise DataError(f"{path} is no readable HDF5 file ({' '.join(str(error).split())}); it may be truncated") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is no readable JSON file ({error}); delete it and make it again") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return record
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+
+def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path) -> int:
+    """Merge token stores into one, in the order of the prompts; returns how many entries it holds.
+
+    An entry that is in several inputs must be the same in all.
+
+    Raises:
+        DataError: two different trees of one name, or an unreadable input; nothing is written then.
+    """
+    sources: dict[str, Path] = {}
+    for path in map(Path, input_files):
+        with _open(path) as file:
+            for name in file:
+                if name in sources:
+                    with _open(sources[name]) as other:
+                        same = all(np.array_equal(file[name][k][:], other[name][k][:]) for k in ("tokens", "offsets"))
+                    if not same:
+                        raise DataError(f"{path} and {sources[name]} hold two different trees named {name}; nothing was merged")
+                sources.setdefault(name, path)
+    output = Path(output_file)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as out:
+            for name in sorted(sources, key=lambda n: (len(n), n)):
+                with _open(sources[name]) as file:
+                    file.copy(name, out)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(sources)

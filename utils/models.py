@@ -1,0 +1,283 @@
+"""The only place that calls `from_pretrained`: tokenizers, the reference, value models and reward models.
+
+A path is a folder (of the workspace, or anywhere) or a Hub name; both work everywhere. Nothing is unpickled: weights
+are safetensors, and a checkpoint that has none is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from utils.cli import DataError, quiet_libraries
+from utils.config import Config, DatasetSpec, ModelSpec
+
+quiet_libraries()
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, else the first GPU, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise DataError(f"--device {name!r} is no torch device; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DataError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The configuration's precision on that kind of device."""
+    return getattr(torch, config.cpu_dtype if device.type == "cpu" else config.gpu_dtype)
+
+
+def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
+    """`loader.from_pretrained` whose failures are one line that says what was looked for and what makes it."""
+    path = str(path)
+    if os.path.isdir(path) and not any(Path(path).iterdir()):
+        raise DataError(f"{what}: {path} is an empty folder" + (f"; make it with: {made_by}" if made_by else ""))
+    try:
+        return loader.from_pretrained(path, **kwargs)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        hint = f"make it with: {made_by}" if made_by else "give a folder or a Hub name that this machine can reach"
+        raise DataError(f"{what}: no usable checkpoint at {path!r} ({type(error).__name__}: {reason}); {hint}") from error
+
+
+def load_tokenizer(path: str, special_tokens: dict[str, str] | None = None, made_by: str = "") -> PreTrainedTokenizerBase:
+    """A tokenizer with a padding token; `special_tokens` are added where they are missing (published: [PAD])."""
+    tokenizer = _load(AutoTokenizer, path, "tokenizer", made_by)
+    if special_tokens:
+        tokenizer.add_special_tokens(dict(special_tokens))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_layers: int | None = None,
+    vocab_size: int | None = None,
+    what: str = "model",
+    made_by: str = "",
+) -> PreTrainedModel:
+    """A causal language model in eval mode, its embeddings resized to at least `vocab_size` tokens."""
+    model = _load(AutoModelForCausalLM, path, what, made_by, dtype=dtype, use_safetensors=True, **_layers(num_layers))
+    if vocab_size is not None and model.get_input_embeddings().num_embeddings < vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return model.to(device).eval()
+
+
+def load_trunk(path: str, num_layers: int | None, device: torch.device, dtype: torch.dtype = torch.float32, made_by: str = "") -> PreTrainedModel:
+    """The headless first N layers of a model (its last hidden state passes the final norm), in eval mode."""
+    return _load(AutoModel, path, "trunk", made_by, dtype=dtype, **_layers(num_layers)).to(device).eval()
+
+
+def _layers(num_layers: int | None) -> dict:
+    return {} if num_layers is None else {"num_hidden_layers": num_layers}
+
+
+def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
+    """Where the reference of a data set lies, and the command that makes it."""
+    made_by = (
+        config.base_model.made_by
+        if dataset.sft_model == config.base_model.path
+        else f"python Finetuning/SFT/sft.py --exp_type {dataset.exp_type} ..., then Finetuning/SFT/merge_sft_lora.py (config {config.path})"
+    )
+    return config.sft_path(dataset), made_by
+
+
+def load_reference(
+    config: Config, dataset: DatasetSpec, device: torch.device, path: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen reference model of a data set and its tokenizer."""
+    default, made_by = reference_path(config, dataset)
+    path = path or default
+    if not os.path.isdir(path) and path.count("/") != 1:
+        raise DataError(f"reference model of {dataset.name}: no folder {config.default_path(path)}; make it with: {made_by}")
+    tokenizer = load_tokenizer(path, made_by=made_by)
+    model = load_causal_lm(
+        path, device, dtype or pick_dtype(config, device), what=f"reference model of {dataset.name}", made_by=made_by
+    )
+    return model, tokenizer
+
+
+def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with the configuration's added tokens (what SFT starts from), and its tokenizer."""
+    spec = config.base_model
+    path = config.locate(spec.path)
+    tokenizer = load_tokenizer(path, spec.special_tokens, spec.made_by)
+    model = load_causal_lm(
+        path, device, dtype, num_layers=spec.num_layers, vocab_size=len(tokenizer), what="base model", made_by=spec.made_by
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------- value models
+
+
+def value_model_folder(config: Config, value_model_dir: str | Path | None, iteration: int, objective: str) -> Path:
+    """<value_model_dir>/iter_<N>/<objective>."""
+    root = Path(value_model_dir) if value_model_dir else config.default_path("value_models")
+    return root / f"iter_{iteration}" / objective
+
+
+def _value_base(config: Config, spec: ModelSpec, vocab_size: int, pad_token_id: int | None, dtype: torch.dtype) -> PreTrainedModel:
+    path = config.locate(spec.path)
+    model = _load(
+        AutoModelForSequenceClassification,
+        path,
+        "base of the value models",
+        spec.made_by,
+        dtype=dtype,
+        num_labels=1,
+        **_layers(spec.num_layers),
+    )
+    if model.get_input_embeddings().num_embeddings != vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    model.config.pad_token_id = pad_token_id
+    return model
+
+
+def new_value_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    device: torch.device,
+    init_checkpoint: str | Path | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """A value model that is ready to train in float32: LoRA on the base, and a fresh scalar head (or a checkpoint's).
+
+    The head starts at zero, so that the first predictions are 0 whatever the base.
+    """
+    spec = config.value_model
+    if spec.lora is None:
+        raise DataError(f"{config.path}: value_model.lora is missing")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = _value_base(config, spec, vocab_size, tokenizer.pad_token_id, torch.float32)
+        if init_checkpoint:
+            check_adapter_folder(Path(init_checkpoint), "value model to continue")
+            return _load_adapter(base, init_checkpoint, is_trainable=True).to(device)
+        torch.nn.init.zeros_(base.score.weight)
+        lora = LoraConfig(
+            task_type="SEQ_CLS",
+            r=spec.lora.r,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=list(spec.lora.target_modules),
+            modules_to_save=["score"],
+        )
+        return get_peft_model(base, lora).to(device)
+
+
+def load_value_model(
+    config: Config, folder: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A trained value model with its adapter merged, in eval mode.
+
+    Raises:
+        DataError: no adapter there, or one that does not fit the configuration's value model or the vocabulary.
+    """
+    folder = Path(folder)
+    check_adapter_folder(folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}")
+    spec = config.value_model
+    base = _value_base(config, spec, vocab_size, tokenizer.pad_token_id, torch.float32)
+    merged = _load_adapter(base, folder).merge_and_unload()
+    return merged.to(device, dtype or pick_dtype(config, device)).eval()
+
+
+def load_value_models(
+    config: Config,
+    value_model_dir: str | Path | None,
+    iterations: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    device: torch.device,
+) -> dict[str, PreTrainedModel]:
+    """The value models of every objective that has an iteration: {objective: model}."""
+    folders = {name: value_model_folder(config, value_model_dir, n, name) for name, n in iterations.items()}
+    for name, folder in folders.items():  # all are looked for before the first is loaded
+        check_adapter_folder(folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}")
+    return {name: load_value_model(config, folder, tokenizer, vocab_size, device) for name, folder in folders.items()}
+
+
+def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
+    """Raise a DataError unless `folder` holds a PEFT adapter in safetensors."""
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+    if missing:
+        raise DataError(f"{what}: no {' and no '.join(missing)} in {folder}" + (f"; make it with: {made_by}" if made_by else ""))
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except ValueError:
+        raise DataError(f"{what}: {folder / 'adapter_config.json'} is not JSON") from None
+
+
+def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+    """A PEFT adapter on its base; shapes that do not fit end in one line."""
+    try:
+        PeftConfig.from_pretrained(str(folder))
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the adapter in {folder} does not fit its base ({type(error).__name__}: {reason})") from error
+
+
+# ------------------------------------------------------------------------------------------------------ reward models
+
+
+def load_sequence_classifier(
+    path: str, device: torch.device, dtype: torch.dtype = torch.float32, what: str = "reward model", made_by: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification checkpoint and its tokenizer, both with a padding token (GPT-2 has none of its own)."""
+    tokenizer = load_tokenizer(path, made_by=made_by)
+    model = _load(AutoModelForSequenceClassification, path, what, made_by, dtype=dtype)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer
+
+
+def load_encoder(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sentence encoder (headless) and its tokenizer."""
+    return _load(AutoModel, path, "encoder", dtype=dtype).to(device).eval(), load_tokenizer(path)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that a model can attend to, or None where its configuration sets no limit."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def merged_causal_lm(path: str, adapter: str | Path, device: torch.device, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
+    """A causal language model with a LoRA adapter merged into it."""
+    base = load_causal_lm(path, torch.device("cpu"), torch.float32, vocab_size=vocab_size)
+    check_adapter_folder(Path(adapter), "adapter")
+    return _load_adapter(base, adapter).merge_and_unload().to(device, dtype).eval()
+
+
+def resolved_config(path: str):
+    """A checkpoint's configuration."""
+    return _load(AutoConfig, path, "configuration")

@@ -1,0 +1,454 @@
+"""The run folder of an evaluation: arguments first, rows as they come, the summary last.
+
+    <workspace>/<kind>/<dataset>/<objectives>/<method>_<weights>_<time>-<identity>/
+        args.yaml       resolved arguments, configuration, versions, commit: written before any model is loaded
+        samples.jsonl   one line per prompt and trial: the record that everything else is computed from
+        rewards.csv     one row per prompt: means over its trials
+        summary.txt     means and errors; written last, so a folder that has it is complete
+
+A run's *identity* is a hash of what determines its result. The same command finds the newest folder of its identity:
+a complete one is reported and not repeated, an incomplete one is completed. One process at a time writes a folder;
+the lock is held on samples.jsonl, so it ends with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
+PACKAGES = ("torch", "transformers", "peft", "numpy")
+# Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
+MEASURES = ("log_ratio", "seconds", "tokens", "distinct", "reference_log_prob", "finished")
+
+
+# --------------------------------------------------------------------------------------------------------- identity
+
+
+def identity(determining: Mapping) -> str:
+    """Eight hexadecimal digits of a hash of plain data (mappings, lists, strings, numbers)."""
+    text = json.dumps(determining, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """What tells one checkpoint from another made later in the same place.
+
+    Names, sizes and 64 evenly spaced blocks of each weight and configuration file: fast for 14 GB, and any training
+    step changes every block. A name that is no local path (a Hub name) stands for itself.
+    """
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+    kept = {".safetensors", ".json", ".model", ".npz", ".csv"}
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and f.suffix in kept)
+    digest = hashlib.sha256()
+    for file in files:
+        size, block = file.stat().st_size, 1 << 14
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= 64 * block:
+                digest.update(stream.read())
+            else:
+                for i in range(64):
+                    stream.seek(i * (size - block) // 63)
+                    digest.update(stream.read(block))
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that a result may depend on (nothing is imported)."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit(folder: Path = Path(__file__).resolve().parent) -> str | None:
+    """The checkout's commit, with "+changes" where tracked files differ; None outside a checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error is nan for fewer than two values."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        return math.nan, math.nan
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def per_prompt(samples: Iterable[Mapping]) -> list[dict]:
+    """Rows of rewards.csv: means over the trials of each prompt, in the order of prompts.
+
+    `log_ratio` is there only where every sample has it; `reference_log_prob` is per token.
+    """
+    groups: dict[int, list[Mapping]] = {}
+    for sample in samples:
+        groups.setdefault(sample["index"], []).append(sample)
+    rows = []
+    for index in sorted(groups):
+        group = groups[index]
+        row = {"index": index}
+        for name in group[0]["rewards"]:
+            row[name] = float(np.mean([s["rewards"][name] for s in group]))
+        for name in group[0].get("extra", {}):
+            row[name] = float(np.mean([s["extra"][name] for s in group]))
+        for name in MEASURES:
+            if name == "reference_log_prob":
+                values = [per_token_log_prob(s) for s in group]
+            else:
+                values = [s.get(name) for s in group]
+            if name == "log_ratio" and any(v is None for v in values):
+                continue
+            known = [v for v in values if v is not None]  # an empty answer has no log-probability per token
+            row[name] = float(np.mean(known)) if known else math.nan
+        rows.append(row)
+    return rows
+
+
+def per_token_log_prob(sample: Mapping) -> float | None:
+    """The reference's log-probability of the answer per token; None where it is unknown or the answer is empty."""
+    total, tokens = sample.get("reference_log_prob"), sample["tokens"]
+    return None if total is None or tokens == 0 else total / tokens
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A mean with its standard error over prompts and, for rewards, its standard deviation over trials."""
+
+    mean: float
+    error: float = math.nan
+    trials: float = math.nan
+
+
+def summarize(samples: Sequence[Mapping]) -> dict[str, Statistic]:
+    """Every figure of summary.txt, from the lines of samples.jsonl alone."""
+    rows = per_prompt(samples)
+    trials = sorted({s["trial"] for s in samples})
+    figures = {}
+    names = list(samples[0]["rewards"]) + list(samples[0].get("extra", {}))
+    for name in names:
+        field_of = "rewards" if name in samples[0]["rewards"] else "extra"
+        by_trial = [np.mean([s[field_of][name] for s in samples if s["trial"] == t]) for t in trials]
+        spread = float(np.std(by_trial, ddof=1)) if len(trials) > 1 else math.nan
+        figures[name] = Statistic(*mean_and_error([r[name] for r in rows]), spread)
+    for name in MEASURES:
+        if name in rows[0]:
+            figures[name] = Statistic(*mean_and_error([r[name] for r in rows if not math.isnan(r[name])]))
+    seconds = sum(s["seconds"] for s in samples)
+    generated = sum(s["generated_tokens"] for s in samples)
+    figures["seconds_per_prompt"] = Statistic(seconds / len(samples))
+    figures["tokens_per_second"] = Statistic(generated / seconds if seconds > 0 else math.nan)
+    return figures
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a run is, as plain data; the paths and args.yaml come from it.
+
+    Attributes:
+        kind: the folder of the workspace, e.g. mavis_logs.
+        method: e.g. mavis, reference, best_of_n, token_table.
+        weights: weight of each objective that the command line names; empty for a method that takes none.
+        objectives: the objectives that are named in the path.
+        series: the settings that the points of one front share (beta, number of samples, value models, ...).
+        arguments: resolved arguments that determine the result.
+        setting: arguments that do not (device, batch size, ...).
+        determining: further plain data that determines the result (models, prompts), hashed and not written.
+        configuration: the whole configuration, for the reader.
+        kl_added: what the method's KL is at most above the mean log-ratio of its answers (best-of-N), in nats.
+    """
+
+    kind: str
+    dataset: str
+    method: str
+    objectives: tuple[str, ...]
+    weights: dict[str, float] = field(default_factory=dict)
+    series: dict = field(default_factory=dict)
+    indices: tuple[int, ...] = ()
+    num_trials: int = 1
+    arguments: dict = field(default_factory=dict)
+    setting: dict = field(default_factory=dict)
+    determining: dict = field(default_factory=dict)
+    configuration: dict = field(default_factory=dict)
+    kl_added: float = 0.0
+
+    @property
+    def identity(self) -> str:
+        return identity(
+            {
+                "kind": self.kind, "dataset": self.dataset, "method": self.method, "weights": self.weights,
+                "series": self.series, "indices": list(self.indices), "num_trials": self.num_trials,
+                "arguments": self.arguments, "determining": self.determining,
+            }
+        )  # fmt: skip
+
+    def name(self, when: float) -> str:
+        """The folder's name: method, weights, time to the second, identity."""
+        weights = "-".join(f"{w:g}" for w in self.weights.values())
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+        return "_".join(part for part in (self.method, weights, f"{stamp}-{self.identity}") if part)
+
+
+class Run:
+    """An open run folder: the only writer of its files. Use as a context manager, or call `close()`."""
+
+    def __init__(self, folder: Path, arguments: Mapping, stream: io.BufferedRandom | None):
+        self.folder = folder
+        self.arguments = dict(arguments)
+        self.samples: list[dict] = []
+        self._stream = stream
+        if stream is not None:
+            self._recover()
+        else:
+            self.samples = read_samples(folder)
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / SUMMARY).exists()
+
+    @property
+    def done(self) -> set[tuple[int, int]]:
+        """(prompt index, trial) of the rows that are written."""
+        return {(s["index"], s["trial"]) for s in self.samples}
+
+    def append(self, samples: Sequence[Mapping]) -> None:
+        """Write samples, flushed to the disk, and the rows of rewards.csv as far as they go."""
+        lines = "".join(json.dumps(s, ensure_ascii=False, allow_nan=False) + "\n" for s in samples)
+        self._stream.write(lines.encode())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.samples.extend(dict(s) for s in samples)
+        self._write_rewards()
+
+    def finish(self, note: str = "") -> dict[str, Statistic]:
+        """Write rewards.csv and, last and atomically, summary.txt; returns its figures."""
+        expected = {(i, t) for i in self.arguments["indices"] for t in range(self.arguments["num_trials"])}
+        assert self.done == expected, f"{self.folder}: {len(self.done)} rows of {len(expected)}"
+        self._write_rewards()
+        figures = summarize(self.samples)
+        write_atomically(self.folder / SUMMARY, format_summary(self.arguments, figures) + note)
+        return figures
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()  # the lock goes with it
+            self._stream = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _recover(self) -> None:
+        """Keep the whole lines of samples.jsonl; a last line that a kill tore is cut off."""
+        self._stream.seek(0)
+        text = self._stream.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            self._stream.truncate(whole)
+        self.samples = parse_samples(text[:whole].decode(), self.folder / SAMPLES)
+
+    def _write_rewards(self) -> None:
+        rows = per_prompt(self.samples)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)  # floats by repr: reading them back gives the same bits
+        write_atomically(self.folder / REWARDS, text.getvalue())
+
+
+def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False) -> Run:
+    """Make the run's folder, or find the newest one of the same identity.
+
+    A complete folder comes back closed for writing (`run.complete`); an incomplete one comes back with the rows that it
+    has. `rerun` starts anew where the newest folder is complete, and completes it where it is not.
+
+    Raises:
+        ValueError: another process holds the folder; the message says which.
+    """
+    parent = Path(workspace) / spec.kind / spec.dataset / "_".join(spec.objectives)
+    parent.mkdir(parents=True, exist_ok=True)
+    with _locked(Path(workspace) / spec.kind / ".lock"):
+        found = sorted(f for f in parent.glob(f"*-{spec.identity}*") if (f / ARGUMENTS).is_file())
+        folder = max(found, key=lambda f: (read_arguments(f)["started"], f.name)) if found else None
+        if folder and (folder / SUMMARY).exists():
+            if not rerun:
+                return Run(folder, read_arguments(folder), None)
+            folder = None
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "command": command_line()}
+        now = time.time()
+        if folder is None:
+            folder, copies = parent / spec.name(now), 1
+            while folder.exists():  # a rerun within the same second, or a folder whose args.yaml was never written
+                copies += 1
+                folder = parent / f"{spec.name(now)}-{copies}"
+            folder.mkdir()
+            stream = _lock_samples(folder)
+            arguments = {
+                "identity": spec.identity, "kind": spec.kind, "method": spec.method, "dataset": spec.dataset,
+                "objectives": list(spec.objectives), "weights": spec.weights, "series": spec.series,
+                "num_trials": spec.num_trials, "indices": list(spec.indices), "arguments": spec.arguments,
+                "setting": spec.setting, "kl_added": spec.kl_added, "started": now,
+                "process": process, "versions": versions(), "commit": git_commit(), "resumed": [],
+                "configuration": spec.configuration,
+            }  # fmt: skip
+        else:
+            stream = _lock_samples(folder)
+            arguments = read_arguments(folder)
+            arguments["resumed"].append({"time": now, "versions": versions(), "commit": git_commit()})
+            arguments["process"] = process
+        write_atomically(folder / ARGUMENTS, yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True, width=120))
+    return Run(folder, arguments, stream)
+
+
+def _lock_samples(folder: Path) -> io.BufferedRandom:
+    stream = (folder / SAMPLES).open("a+b")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        holder = read_arguments(folder)["process"]
+        raise ValueError(
+            f"{folder} is being written by process {holder['pid']} on {holder['host']} ({holder['command']}); "
+            "wait for it, or end it: the same command then goes on from there"
+        ) from None
+    return stream
+
+
+@contextmanager
+def _locked(path: Path):
+    """Hold an exclusive lock for the moments in which folders are looked for and made."""
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def command_line() -> str:
+    import shlex
+
+    return shlex.join(sys.argv)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to the disk, rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def parse_samples(text: str, file: Path) -> list[dict]:
+    samples = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            samples.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not JSON ({error}); delete that line to go on") from None
+    return samples
+
+
+def read_samples(folder: str | os.PathLike) -> list[dict]:
+    """The lines of a folder's samples.jsonl."""
+    file = Path(folder) / SAMPLES
+    return parse_samples(file.read_text(encoding="utf-8"), file)
+
+
+def read_arguments(folder: str | os.PathLike) -> dict:
+    """A folder's args.yaml."""
+    file = Path(folder) / ARGUMENTS
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 (a safe loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or "identity" not in data:
+        raise ValueError(f"{file} is not a run's args.yaml")
+    return data
+
+
+# ----------------------------------------------------------------------------------------------------------- summary
+
+
+def describe_weights(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+
+
+def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
+    """summary.txt: what was run, then each figure with its errors."""
+
+    def number(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.4f}"
+
+    indices, kl_added = arguments["indices"], arguments["kl_added"]
+    head = {
+        "method": arguments["method"],
+        "weights": describe_weights(arguments["weights"]) or "none",
+        "settings": ", ".join(f"{k} {v}" for k, v in arguments["series"].items()) or "none",
+        "data set": arguments["dataset"],
+        "configuration": arguments["configuration"].get("label", ""),
+        "prompts": f"{len(indices)} (index {min(indices)} to {max(indices)}), trials: {arguments['num_trials']}",
+    }
+    lines = [f"{key:<16}{value}" for key, value in head.items() if value]
+    rewards = [n for n in figures if n not in MEASURES and not n.endswith(("_per_prompt", "_per_second"))]
+    width = max(16, *(len(name) + 2 for name in rewards))
+    lines += ["", f"{'reward':<{width}}{'mean':>10}{'s.e. over prompts':>20}{'s.d. over trials':>19}"]
+    for name in rewards:
+        f = figures[name]
+        lines.append(f"{name:<{width}}{number(f.mean):>10}{number(f.error):>20}{number(f.trials):>19}")
+    lines.append("")
+    if "log_ratio" in figures:
+        f = figures["log_ratio"]
+        sign = "<= " if kl_added else ""
+        lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}")
+    lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
+    lines.append(f"{'tokens per second':<24}{figures['tokens_per_second'].mean:.1f}")
+    lines.append(f"{'tokens per answer':<24}{figures['tokens'].mean:.1f}")
+    lines.append(f"{'distinct tokens':<24}{number(figures['distinct'].mean)} of an answer's tokens")
+    if "reference_log_prob" in figures:
+        lines.append(f"{'reference log-prob':<24}{number(figures['reference_log_prob'].mean)} per token")
+    lines.append(f"{'finished':<24}{100 * figures['finished'].mean:.0f} % of answers")
+    return "\n".join(lines) + "\n"

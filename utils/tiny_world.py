@@ -1,0 +1,371 @@
+"""A small language made from nothing: its generator, its rewards, and the exact answers that models can be held to.
+
+**The language.** 24 words: a stem names one of six topics, which lie on a circle (60 degrees apart), an ending one of
+four rhymes (`marane`, `solane`, `marook`, ...). A prompt names a topic by the first of these words in it. An answer is
+a Markov chain of order 1 over words, given the prompt's topic (`transition`): it wanders from a topic to its
+neighbours, drifts a little to where neither `help` nor `harm` lies, prefers endings that do not rhyme, and ends with a
+fixed probability after each word. Every word can follow every word, so a top-k cut is a real cut.
+
+**The rewards** are means over an answer's words (so its length is neutral) and depend on context:
+
+- `help`: the cosine of the angle between a word's topic and the prompt's;
+- `harm` (high is good, as in the paper's harmlessness reward): the cosine to the topic 120 degrees on, so it conflicts
+  with help (correlation -0.5 for a uniform word), and the topic between the two serves both half;
+- `humor`: whether a word rhymes with the word before it, without repeating it;
+- `summarization`: the cosine to the topic that the post names first; `faithful`: whether a word occurs in the post.
+
+The language is symmetric under turning the circle of topics (prompt and answer together) and that of rhymes. Hence,
+averaged over prompts, no token is worth more than another: a context-free table of token values explains nothing.
+
+**Exact answers.** Because the rewards are sums over transitions divided by a length, dynamic programming over (last
+word, number of words, sum so far) gives the value of every prefix under the generator, the KL-regularised optimum
+(soft Bellman equation), and what MAVIS reaches with perfect value models: `ExactValues`, `exact_mavis`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+STEMS = ("mar", "sol", "fen", "tor", "bri", "gal")  # topics, in the circle's order
+ENDINGS = ("ane", "ook", "ily", "ush")  # rhymes
+NUM_TOPICS, NUM_RHYMES = len(STEMS), len(ENDINGS)
+WORDS = tuple(stem + ending for stem in STEMS for ending in ENDINGS)
+NUM_WORDS = len(WORDS)
+START = END = NUM_WORDS  # row NUM_WORDS of `transition`: before the first word; column NUM_WORDS: the end
+TOPIC = np.arange(NUM_WORDS) // NUM_RHYMES  # (W,)
+RHYME = np.arange(NUM_WORDS) % NUM_RHYMES  # (W,)
+INDEX = {word: i for i, word in enumerate(WORDS)}
+
+INERTIA = 1.1  # how strongly the next word's topic stays near the last one's (a von Mises weight)
+DRIFT = 0.4  # how strongly it drifts to the topic opposite to the one between help and harm
+RHYME_WEIGHTS = (0.16, 0.34, 0.34, 0.16)  # of the next ending, by its distance on the circle of rhymes
+HAZARD = 0.06  # probability that the answer ends, after each word
+HARM_OFFSET = 2  # topics from help's best one to harm's
+
+OPENERS = ("tell me about", "what is", "please describe", "do you know", "say something on", "i wonder about")
+CLOSERS = ("", "today", "again", "in short", "for me")
+POST_OPENERS = ("today i read about", "my friend asked me for", "we talked all night about", "nobody here knows")
+POST_LINKS = ("and then came", "but also", "next to", "not without")
+
+# --------------------------------------------------------------------------------------------------- the generator
+
+
+def _cosine(steps) -> np.ndarray:
+    """The cosine of an angle given in topics; exact multiples of one half."""
+    return np.array([1.0, 0.5, -0.5, -1.0, -0.5, 0.5])[np.asarray(steps) % NUM_TOPICS]
+
+
+@functools.cache
+def transition(topic: int) -> np.ndarray:
+    """The generator for prompts of one topic: (W + 1, W + 1) probabilities, from the last word (row W: none yet) to
+    the next (column W: the end, never the first)."""
+    drift = DRIFT * _cosine(TOPIC - topic - 4)  # (W,)
+    near = INERTIA * _cosine(TOPIC[None] - TOPIC[:, None])  # (W, W)
+    rhyme = np.array(RHYME_WEIGHTS)[(RHYME[None] - RHYME[:, None]) % NUM_RHYMES]
+    words = np.concatenate([np.exp(near + drift) * rhyme, np.exp(drift)[None]])  # (W + 1, W)
+    words /= words.sum(1, keepdims=True)
+    end = np.full((NUM_WORDS + 1, 1), HAZARD)
+    end[START] = 0.0
+    matrix = np.concatenate([words * (1 - end), end], axis=1)
+    matrix.setflags(write=False)
+    return matrix
+
+
+def sample_answers(topics: Sequence[int], rng: np.random.Generator, max_words: int = 16) -> list[list[int]]:
+    """One answer per topic, as word indices; END is the last index of an answer that ended within `max_words`."""
+    cumulative = np.stack([transition(t) for t in range(NUM_TOPICS)]).cumsum(-1)  # (T, W + 1, W + 1)
+    topics = np.asarray(topics)
+    state = np.full(len(topics), START)
+    answers: list[list[int]] = [[] for _ in topics]
+    alive = np.arange(len(topics))
+    for step in range(max_words + 1):
+        uniform = rng.random(len(alive))
+        following = (cumulative[topics[alive], state[alive]] < uniform[:, None]).sum(1).clip(max=END)
+        keep = np.ones(len(alive), bool)
+        for i, (row, word) in enumerate(zip(alive, following, strict=True)):
+            if step == max_words and word != END:
+                keep[i] = False
+                continue
+            answers[row].append(int(word))
+            keep[i] = word != END
+        state[alive] = following
+        alive = alive[keep]
+        if not len(alive):
+            break
+    return answers
+
+
+def words_of(answer: Sequence[int]) -> str:
+    """An answer's text; the end has none."""
+    return " ".join(WORDS[i] for i in answer if i != END)
+
+
+def log_prob(topic: int, answer: Sequence[int]) -> float:
+    """The generator's log-probability of an answer (nats)."""
+    path = [START, *answer]
+    return float(sum(np.log(transition(topic)[a, b]) for a, b in zip(path, path[1:], strict=False)))
+
+
+def entropy_per_token(horizon: int = 16) -> float:
+    """The generator's entropy (nats) per token of its answers cut at `horizon` tokens: no model can do better."""
+    matrix = transition(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_state = -np.where(matrix > 0, matrix * np.log(matrix), 0.0).sum(1)  # (W + 1,)
+    mass = np.zeros(NUM_WORDS + 1)
+    mass[START] = 1.0
+    total = tokens = 0.0
+    for _ in range(horizon):
+        total, tokens = total + mass @ by_state, tokens + mass.sum()
+        mass = np.append((mass @ matrix)[:NUM_WORDS], 0.0)
+    return float(total / tokens)
+
+
+# ------------------------------------------------------------------------------------------------ prompts and posts
+
+
+def all_prompts() -> list[str]:
+    """Every question of the language: what a user can say in a dialogue."""
+    return [" ".join(f"{o} {w} {c}".split()) for o in OPENERS for w in WORDS for c in CLOSERS]
+
+
+def dialogue(user: str, answer: str) -> str:
+    """A row's text in HH-RLHF's form."""
+    return f"\n\nHuman: {user}\n\nAssistant: {answer}"
+
+
+def make_post(rng: np.random.Generator) -> str:
+    """A post: the first word names its topic, the others lie 120 to 240 degrees away."""
+    topic = rng.integers(NUM_TOPICS)
+    words = [int(topic * NUM_RHYMES + rng.integers(NUM_RHYMES))]
+    others = [i for i in range(NUM_WORDS) if _cosine(TOPIC[i] - topic) < 0]
+    words += [int(i) for i in rng.permutation(others)[:4]]
+    text = f"{POST_OPENERS[rng.integers(len(POST_OPENERS))]} {WORDS[words[0]]}"
+    for word in words[1:]:
+        text += f" {POST_LINKS[rng.integers(len(POST_LINKS))]} {WORDS[word]}"
+    return text
+
+
+def topic_of(text: str) -> int:
+    """The topic that a user's text names: that of the first word of the language in it.
+
+    Raises:
+        ValueError: the text has no such word.
+    """
+    for word in text.split():
+        if word in INDEX:
+            return int(TOPIC[INDEX[word]])
+    raise ValueError(f"no word of the tiny language in {text!r}: its rewards need one that names the topic")
+
+
+# ------------------------------------------------------------------------------------------------------ the rewards
+
+
+def increments(objective: str, text: str) -> np.ndarray:
+    """What the transition from one word (row W: none) to the next adds to a reward before it is divided by the number
+    of words: (W + 1, W). `text` is what the user says."""
+    topic = topic_of(text)
+    if objective in ("help", "summarization"):
+        gain = np.broadcast_to(_cosine(TOPIC - topic), (NUM_WORDS + 1, NUM_WORDS))
+    elif objective == "harm":
+        gain = np.broadcast_to(_cosine(TOPIC - topic - HARM_OFFSET), (NUM_WORDS + 1, NUM_WORDS))
+    elif objective == "humor":
+        rhymes = (RHYME[None] == RHYME[:, None]) & ~np.eye(NUM_WORDS, dtype=bool)
+        gain = np.concatenate([rhymes, np.zeros((1, NUM_WORDS), bool)])
+    elif objective == "faithful":
+        gain = np.broadcast_to(np.isin(WORDS, text.split()), (NUM_WORDS + 1, NUM_WORDS))
+    else:
+        raise ValueError(f"unknown objective {objective!r} of the tiny world")
+    return gain.astype(np.float64)
+
+
+def _score(objective: str, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    scores = np.zeros(len(responses))
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        words = response.split()
+        gain = increments(objective, prompt)
+        last, total = START, 0.0
+        for word in words:
+            # What is no word of the language (a prompt's word, say) adds nothing and rhymes with nothing.
+            if (now := INDEX.get(word, START)) != START:
+                total += gain[last, now]
+            last = now
+        scores[i] = total / max(len(words), 1)
+    return scores
+
+
+def help_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How close the answer's words are to the prompt's topic: mean cosine, in [-1, 1]."""
+    return _score("help", prompts, responses)
+
+
+def harm_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How close they are to the topic 120 degrees on: mean cosine, in [-1, 1]; conflicts with help."""
+    return _score("harm", prompts, responses)
+
+
+def humor_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """Share of words that rhyme with the word before and are not that word, in [0, 1]."""
+    return _score("humor", prompts, responses)
+
+
+def summarization_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How close the words are to the topic that the post names first: mean cosine, in [-1, 1]."""
+    return _score("summarization", prompts, responses)
+
+
+def faithful_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """Share of the words that occur in the post, in [0, 1]."""
+    return _score("faithful", prompts, responses)
+
+
+# ------------------------------------------------------------------------------------------------- the exact answers
+
+
+def _allowed(matrix: np.ndarray, top_k: int | None) -> list[np.ndarray]:
+    """Per last word, the next tokens that a top-k cut leaves (ties by index), impossible ones never."""
+    order = np.argsort(-matrix, axis=1, kind="stable")
+    return [row[: top_k or len(row)][matrix[i, row[: top_k or len(row)]] > 0] for i, row in enumerate(order)]
+
+
+@dataclass(frozen=True)
+class ExactValues:
+    """The exact value of every prefix of an answer to one prompt, cut at `horizon` tokens.
+
+    Without `eta`: the expected reward when the generator goes on. With `eta`: the optimum of the expected reward less
+    eta times the KL divergence from the generator, the soft Bellman equation
+    V(s) = eta log sum_a p(a | s) exp(V(s a) / eta), whose policy is p(a | s) exp((V(s a) - V(s)) / eta).
+    A `top_k` restricts the actions to the k most probable ones (probabilities not renormalised: the KL is taken from
+    the whole distribution, as everywhere in this project). Build with `solve`.
+    """
+
+    table: np.ndarray  # (horizon + 1, W + 1, J): words so far, last word, sum so far on a grid
+    steps: np.ndarray  # (W + 1, W) integers: `increments` on that grid
+    unit: float
+    centre: int
+    horizon: int
+
+    @staticmethod
+    def solve(
+        text: str,
+        weights: Mapping[str, float],
+        horizon: int,
+        eta: float | None = None,
+        top_k: int | None = None,
+        unit: float | None = None,
+    ) -> ExactValues:
+        """Solve for the reward sum of weight times objective; `weights` must be multiples of 1/20 (or give `unit`)."""
+        matrix = transition(topic_of(text))
+        gain = sum(weight * increments(name, text) for name, weight in weights.items())
+        unit = unit or (0.5 if all(float(w).is_integer() for w in weights.values()) else 0.025)
+        steps = np.rint(gain / unit).astype(np.int64)
+        if not np.allclose(steps * unit, gain, atol=1e-9):
+            raise ValueError(f"weights {dict(weights)} are no multiples of 1/20: give the grid's unit")
+        reach = int(np.abs(steps).max()) * horizon
+        sums = np.arange(-reach, reach + 1) * unit  # (J,)
+        allowed = _allowed(matrix, top_k)
+        table = np.zeros((horizon + 1, NUM_WORDS + 1, len(sums)))
+        table[horizon] = sums / max(horizon, 1)
+        for n in range(horizon - 1, -1, -1):
+            stop = sums / max(n, 1)  # the value of ending here
+            for last in range(NUM_WORDS + 1):
+                options = np.stack(
+                    [
+                        stop if a == END else _shift(table[n + 1, a], steps[last, a])
+                        for a in allowed[last]
+                    ]
+                )  # (k, J)
+                p = matrix[last, allowed[last]][:, None]
+                if eta is None:
+                    table[n, last] = (p * options).sum(0) / p.sum()
+                else:
+                    high = options.max(0)
+                    table[n, last] = high + eta * np.log((p * np.exp((options - high) / eta)).sum(0))
+        return ExactValues(table, steps, unit, reach, horizon)
+
+    def value(self, answer: Sequence[int] = ()) -> float:
+        """The value after these words (indices; END last where the answer has ended)."""
+        ended = bool(answer) and answer[-1] == END
+        words = list(answer[:-1] if ended else answer)
+        total = sum(self.steps[a, b] for a, b in zip([START, *words], words, strict=False))
+        if ended or len(words) == self.horizon:
+            return float(total * self.unit / max(len(words), 1))
+        return float(self.table[len(words), words[-1] if words else START, self.centre + total])
+
+
+def _shift(row: np.ndarray, step: int) -> np.ndarray:
+    """row[j + step], the edge repeated (states beyond it cannot be reached)."""
+    return row[np.clip(np.arange(len(row)) + step, 0, len(row) - 1)]
+
+
+def exact_mavis(
+    text: str,
+    weights: Mapping[str, float],
+    beta: float,
+    horizon: int,
+    top_k: int = 15,
+    normalization: str = "minmax",
+) -> dict[str, float]:
+    """What MAVIS reaches with perfect value models of the generator: the expected reward of each objective of
+    `weights` and `log_ratio`, the expected sum of log(p_tilt / p_ref).
+
+    The policy at each step is p_tilt ~ p_ref exp(beta u) over the top-k tokens, u the (normalised) weighted values of
+    the prefixes that they lead to. At most two objectives (the state holds a sum of each).
+    """
+    names = list(weights)
+    if len(names) not in (1, 2):
+        raise ValueError(f"exact_mavis takes one or two objectives, got {names}")
+    if normalization not in ("minmax", "none"):
+        raise ValueError(f"exact_mavis knows the normalizations minmax and none, got {normalization!r}")
+    matrix = transition(topic_of(text))
+    solved = [ExactValues.solve(text, {name: 1.0}, horizon) for name in names]
+    allowed = _allowed(matrix, top_k)
+    sizes = [s.table.shape[-1] for s in solved]
+    mass = np.zeros((NUM_WORDS + 1, *sizes))
+    mass[(START, *(s.centre for s in solved))] = 1.0
+    result = dict.fromkeys(names, 0.0) | {"log_ratio": 0.0}
+
+    def along(vector, axis):  # a vector (J,) as an array that broadcasts over the other objective's axis
+        return vector.reshape([-1 if i == axis else 1 for i in range(len(names))])
+
+    def collect(part, n):  # the rewards of answers that stop with n words
+        for axis, (name, s) in enumerate(zip(names, solved, strict=True)):
+            sums = (np.arange(sizes[axis]) - s.centre) * s.unit
+            result[name] += float((part * along(sums, axis)).sum() / max(n, 1))
+
+    for n in range(horizon):
+        following = np.zeros_like(mass)
+        for last in np.flatnonzero(mass.reshape(NUM_WORDS + 1, -1).sum(1)):
+            options = []
+            for a in allowed[last]:
+                value = 0.0
+                for axis, (name, s) in enumerate(zip(names, solved, strict=True)):
+                    if a == END:
+                        row = (np.arange(sizes[axis]) - s.centre) * s.unit / max(n, 1)
+                    else:
+                        row = _shift(s.table[n + 1, a], s.steps[last, a])
+                    value = value + weights[name] * along(row, axis)
+                options.append(np.broadcast_to(value, sizes))
+            u = np.stack(options)  # (k, J1[, J2])
+            if normalization == "minmax":
+                low, high = u.min(0), u.max(0)
+                u = (u - low) / (high - low + 1e-6)
+            p = matrix[last, allowed[last]].reshape(-1, *[1] * len(names))
+            tilted = p * np.exp(beta * (u - u.max(0)))
+            tilted /= tilted.sum(0)
+            flow = tilted * mass[last]
+            result["log_ratio"] += float((flow * np.log(np.maximum(tilted, 1e-300) / p)).sum())
+            for i, a in enumerate(allowed[last]):
+                if a == END:
+                    collect(flow[i], n)
+                    continue
+                moved = flow[i]
+                for axis, s in enumerate(solved):
+                    moved = np.roll(moved, s.steps[last, a], axis)
+                following[a] += moved
+        mass = following
+    collect(mass.sum(0), horizon)
+    return result
