@@ -29,9 +29,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import yaml
+
+from utils.cli import DataError
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -84,8 +87,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit(folder: Path = Path(__file__).resolve().parent) -> str | None:
+def git_commit() -> str | None:
     """The checkout's commit, with "+changes" where tracked files differ; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
@@ -236,7 +240,11 @@ class Run:
         self.samples: list[dict] = []
         self._stream = stream
         if stream is not None:
-            self._recover()
+            try:
+                self._recover()
+            except BaseException:
+                self.close()
+                raise
         else:
             self.samples = read_samples(folder)
 
@@ -272,7 +280,7 @@ class Run:
             self._stream.close()  # the lock goes with it
             self._stream = None
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -303,7 +311,7 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
     has. `rerun` starts anew where the newest folder is complete, and completes it where it is not.
 
     Raises:
-        ValueError: another process holds the folder; the message says which.
+        DataError: another process holds the folder; the message says which.
     """
     parent = Path(workspace) / spec.kind / spec.dataset / "_".join(spec.objectives)
     parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +344,8 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
             arguments = read_arguments(folder)
             arguments["resumed"].append({"time": now, "versions": versions(), "commit": git_commit()})
             arguments["process"] = process
-        write_atomically(folder / ARGUMENTS, yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True, width=120))
+        text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        write_atomically(folder / ARGUMENTS, text)
     return Run(folder, arguments, stream)
 
 
@@ -347,7 +356,7 @@ def _lock_samples(folder: Path) -> io.BufferedRandom:
     except BlockingIOError:
         stream.close()
         holder = read_arguments(folder)["process"]
-        raise ValueError(
+        raise DataError(
             f"{folder} is being written by process {holder['pid']} on {holder['host']} ({holder['command']}); "
             "wait for it, or end it: the same command then goes on from there"
         ) from None
@@ -387,7 +396,7 @@ def parse_samples(text: str, file: Path) -> list[dict]:
         try:
             samples.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}); delete that line to go on") from None
+            raise DataError(f"{file}, line {number} is not JSON ({error}); delete that line to go on") from None
     return samples
 
 
@@ -401,12 +410,11 @@ def read_arguments(folder: str | os.PathLike) -> dict:
     """A folder's args.yaml."""
     file = Path(folder) / ARGUMENTS
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 (a safe loader)
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise DataError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or "identity" not in data:
-        raise ValueError(f"{file} is not a run's args.yaml")
+        raise DataError(f"{file} is not a run's args.yaml")
     return data
 
 
