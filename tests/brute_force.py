@@ -1,0 +1,73 @@
+"""Decoding as the method defines it, one sequence and one candidate at a time, without caches, batches or masks.
+
+Shares no code with the project: it is the oracle that the fast path is compared with.
+"""
+
+import hashlib
+import math
+
+import torch
+
+
+def uniform(key, step):
+    """The uniform of (key, step), in Python's whole numbers."""
+    mask = (1 << 64) - 1
+    text = ",".join(str(part) for part in key)
+    x = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    x = (x + (step + 1) * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return (x >> 11) / float(1 << 53)
+
+
+@torch.no_grad()
+def next_token_probs(model, tokens, temperature):
+    logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.softmax(logits / temperature, dim=-1)
+
+
+@torch.no_grad()
+def value_of(model, tokens):
+    return float(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, 0])
+
+
+def step(reference, value_models, weights, tokens, *, beta, k, temperature, normalization="minmax", clip=6.0):
+    """(candidate ids, p_ref, u, p_tilt), likeliest candidate first, from facts of the method alone."""
+    probs = next_token_probs(reference, tokens, temperature)
+    ids = sorted(range(len(probs)), key=lambda i: -float(probs[i]))[:k]
+    p = [float(probs[i]) for i in ids]
+    if not value_models:
+        total = sum(p)
+        return ids, p, None, [x / total for x in p]
+    v = [sum(w * value_of(m, tokens + [i]) for m, w in zip(value_models, weights)) for i in ids]
+    if normalization == "minmax":
+        u = [(x - min(v)) / (max(v) - min(v) + 1e-6) for x in v]
+    elif normalization == "zscore":
+        mean = sum(v) / len(v)
+        std = math.sqrt(sum((x - mean) ** 2 for x in v) / len(v))
+        u = [(x - mean) / (std + 1e-6) for x in v]
+    else:
+        u = [min(x, clip / beta) if beta and clip else x for x in v]
+    odds = [a * math.exp(beta * b) for a, b in zip(p, u)]
+    return ids, p, u, [o / sum(odds) for o in odds]
+
+
+def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos, **settings):
+    """(tokens, log-ratio, steps) of one sequence."""
+    tokens, log_ratio, steps = [], 0.0, []
+    for t in range(max_new_tokens):
+        ids, p, u, tilted = step(reference, value_models, weights, list(prompt) + tokens, **settings)
+        threshold, running, chosen = uniform(key, t) * sum(tilted), 0.0, len(ids) - 1
+        for i, q in enumerate(tilted):
+            running += q
+            if running > threshold:
+                chosen = i
+                break
+        log_ratio += math.log(tilted[chosen] / p[chosen])
+        tokens.append(ids[chosen])
+        steps.append((ids, p, u, tilted, chosen))
+        if ids[chosen] == eos:
+            break
+    return tokens, log_ratio, steps

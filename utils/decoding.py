@@ -1,0 +1,337 @@
+"""One batched loop over any policy: rows are refilled as they finish, and a token depends on its key alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import tilting
+from utils.policies import Snapshot, Step, _Policy
+
+PREFILL_TOKENS = 8192  # padded tokens of one prefill at most
+
+
+@dataclass
+class Completion:
+    """What was generated after one prompt.
+
+    Attributes:
+        token_ids: the new tokens, the end-of-sequence token included where there is one.
+        log_ratio: sum over the steps of log(p_policy(a) / p_reference(a)), p_reference from the full softmax; nan for
+            a policy that is not a tilted reference, unless `decode` was given the reference.
+        finished: whether it ended with the end-of-sequence token.
+        log_prob: sum of log p_policy(a).
+        reference_log_prob: sum of log p_reference(a).
+        steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
+    """
+
+    token_ids: list[int]
+    log_ratio: float
+    finished: bool
+    log_prob: float = float("nan")
+    reference_log_prob: float = float("nan")
+    steps: list[dict] | None = None
+
+
+@dataclass
+class Prefix:
+    """Tokens that are read once and then serve every job that starts from them."""
+
+    tokens: Sequence[int]
+    snapshot: Snapshot | None = None
+
+
+@dataclass
+class Job:
+    """Generate up to `budget` tokens from a prefix (or a saved state) with the randomness of `key`.
+
+    `keep_state` asks for the state behind the last token, unless the text ended.
+    """
+
+    key: tuple[int, ...]
+    start: Prefix | Snapshot
+    budget: int
+    keep_state: bool = False
+    tag: Any = None
+
+
+class _Rows:
+    """What the loop knows of each row, on the policy's device: (B,) tensors and the tokens so far (B, T)."""
+
+    def __init__(self, rows: int, budget: int, device: torch.device):
+        def zeros(dtype, *shape):
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        self.key, self.count, self.budget = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
+        self.tokens = zeros(torch.int64, budget)
+        self.log_prob, self.reference_log_prob = zeros(torch.float64), zeros(torch.float64)
+        self.alive, self.finished = zeros(torch.bool), zeros(torch.bool)
+
+    def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
+        device = self.key.device
+        index = torch.as_tensor(rows, device=device)
+        self.key[index] = torch.as_tensor([tilting.fold_key(j.key) for j in jobs], device=device)
+        budgets = torch.as_tensor([j.budget for j in jobs], device=device)
+        self.budget[index] = budgets
+        short = int(max(j.budget for j in jobs)) - self.tokens.shape[1]
+        if short > 0:
+            self.tokens = torch.nn.functional.pad(self.tokens, (0, short))
+        self.count[index] = 0
+        self.log_prob[index] = self.reference_log_prob[index] = 0.0
+        self.alive[index], self.finished[index] = True, False
+
+    def record(self, step: Step, eos: Tensor) -> Tensor:
+        """Choose a candidate for every row and write it down for those that are alive; returns the choice (B,)."""
+        choice = tilting.sample(step.p_tilt, tilting.uniforms(self.key, self.count))
+        pick = choice.unsqueeze(1)
+        token = step.token_ids.gather(1, pick).squeeze(1)
+        place = self.count.clamp(max=self.tokens.shape[1] - 1).unsqueeze(1)
+        kept = torch.where(self.alive, token, self.tokens.gather(1, place).squeeze(1))
+        self.tokens.scatter_(1, place, kept.unsqueeze(1))
+        self.log_prob += torch.where(self.alive, step.p_tilt.gather(1, pick).squeeze(1).double().log(), 0.0)
+        self.reference_log_prob += torch.where(self.alive, step.p_ref.gather(1, pick).squeeze(1).double().log(), 0.0)
+        self.finished |= self.alive & (token.unsqueeze(1) == eos).any(1)
+        self.count += self.alive
+        self.alive &= ~self.finished & (self.count < self.budget)
+        return choice
+
+    def take(self, rows: Sequence[int], total: int) -> None:
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.key.device)
+        for name, tensor in vars(self).items():
+            kept = tensor[index]
+            empty = kept.new_zeros(total - len(rows), *kept.shape[1:])
+            setattr(self, name, torch.cat([kept, empty]))
+
+
+def _eos_tensor(eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
+    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+@torch.inference_mode()
+def run_jobs(
+    policy: _Policy,
+    queue: deque[Job],
+    *,
+    eos_token_id: int | Sequence[int] | None,
+    batch_size: int,
+    trace: bool = False,
+    sync_every: int | None = None,
+) -> Iterator[tuple[Job, Completion, Snapshot | None]]:
+    """Work through a queue of jobs, in batches of rows that are refilled as they finish.
+
+    Yields (job, completion, state or None) as jobs end. The caller may put new jobs on the queue between two yields;
+    the queue's left end is taken first.
+
+    Args:
+        sync_every: steps between two looks at which rows have ended; the default is 1 on a CPU and 16 elsewhere, where
+            a look makes the device wait. A row whose budget ends is always seen at once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    device = policy.device
+    eos = _eos_tensor(eos_token_id, device)
+    sync_every = sync_every or (1 if device.type == "cpu" else 16)
+    jobs: list[Job | None] = []
+    rows: _Rows | None = None
+    traces: list[list[dict]] = []
+    remaining: list[int] = []
+    since_look = 0
+
+    while queue or any(j is not None for j in jobs):
+        active = [r for r, j in enumerate(jobs) if j is not None]
+        wanted = min(batch_size, len(active) + len(queue))
+        if rows is None:
+            policy.open(wanted)
+            rows = _Rows(wanted, max(j.budget for j in queue), device)
+            jobs, traces, remaining = [None] * wanted, [[] for _ in range(wanted)], [0] * wanted
+        elif wanted > len(jobs) or (not queue and 2 * wanted <= len(jobs)):
+            policy.take(active, wanted)
+            rows.take(active, wanted)
+            empty = wanted - len(active)
+            jobs = [jobs[r] for r in active] + [None] * empty
+            traces = [traces[r] for r in active] + [[] for _ in range(empty)]
+            remaining = [remaining[r] for r in active] + [0] * empty
+
+        free = [r for r, j in enumerate(jobs) if j is None][: len(queue)]
+        if free:
+            _prefill(policy, queue, len(free), batch_size)
+            started = [queue.popleft() for _ in free]
+            policy.load(free, [j.start.snapshot if isinstance(j.start, Prefix) else j.start for j in started])
+            rows.start(free, started)
+            for r, job in zip(free, started, strict=True):
+                jobs[r], traces[r], remaining[r] = job, [], job.budget
+
+        step = policy.distribution()
+        choice = rows.record(step, eos)
+        if trace:
+            _trace(step, choice, jobs, traces)
+        active = [r for r, j in enumerate(jobs) if j is not None]
+        for r in active:
+            remaining[r] -= 1
+        since_look += 1
+        ended: list[int] = []
+        if since_look >= sync_every or min(remaining[r] for r in active) <= 0:
+            since_look = 0
+            alive = rows.alive.tolist()
+            ended = [r for r in active if not alive[r]]
+        if len(ended) < len(active) or any(jobs[r].keep_state for r in ended):
+            policy.advance(choice)
+        if ended:
+            yield from _finish(policy, rows, jobs, traces, ended)
+
+
+def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int) -> None:
+    """Read the prefixes that the next jobs need, and some ahead of them, so that prompts are read in batches."""
+    waiting: list[Prefix] = []
+    longest = needed = 0
+    for place, job in enumerate(queue):
+        if place >= max(free, batch_size):
+            break
+        prefix = job.start
+        if isinstance(prefix, Prefix) and prefix.snapshot is None and not any(prefix is w for w in waiting):
+            waiting.append(prefix)
+        if place == free - 1:
+            needed = len(waiting)
+    if not needed:
+        return
+    while waiting:
+        group, longest = [], 0
+        while waiting and max(longest, len(waiting[0].tokens)) * (len(group) + 1) <= max(PREFILL_TOKENS, len(waiting[0].tokens)):
+            longest = max(longest, len(waiting[0].tokens))
+            group.append(waiting.pop(0))
+        for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group]), strict=True):
+            prefix.snapshot = snapshot
+
+
+def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[Job, Completion, Snapshot | None]]:
+    """Completions of ended rows, and their states where a job asks for them; the rows are free afterwards."""
+    index = torch.as_tensor(ended, device=rows.key.device)
+    count, finished = rows.count[index].tolist(), rows.finished[index].tolist()
+    log_prob, reference_log_prob = rows.log_prob[index].tolist(), rows.reference_log_prob[index].tolist()
+    tokens = rows.tokens[index].tolist()
+    results = []
+    for i, r in enumerate(ended):
+        log_ratio = log_prob[i] - reference_log_prob[i] if policy.follows_reference else float("nan")
+        completion = Completion(
+            tokens[i][: count[i]],
+            log_ratio,
+            finished[i],
+            log_prob[i],
+            reference_log_prob[i] if policy.follows_reference else float("nan"),
+            traces[r] or None,
+        )
+        state = policy.save([r])[0] if jobs[r].keep_state and not finished[i] else None
+        results.append((jobs[r], completion, state))
+        jobs[r], traces[r] = None, []
+    policy.release(ended)
+    return results
+
+
+def _trace(step: Step, choice: Tensor, jobs, traces) -> None:
+    for r, job in enumerate(jobs):
+        if job is not None and len(traces[r]) < job.budget:
+            traces[r].append(
+                {
+                    "token_ids": step.token_ids[r].cpu(),
+                    "p_ref": step.p_ref[r].cpu(),
+                    "values": None if step.values is None else step.values[r].cpu(),
+                    "p_tilt": step.p_tilt[r].cpu(),
+                    "chosen": int(choice[r]),
+                }
+            )
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:
+    """Raise a ValueError that names the first prompt that is empty or leaves no room for the answer."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the context of {context} tokens; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+
+
+def decode(
+    policy: _Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    batch_size: int,
+    trace: bool = False,
+    reference: torch.nn.Module | None = None,
+    on_completion=None,
+) -> list[Completion]:
+    """Sample one completion per prompt.
+
+    Args:
+        prompts: lists of token ids, of any lengths; equal prompts are read once.
+        keys: one tuple of whole numbers per prompt, e.g. (seed, prompt_index, trial). The tokens depend on it alone,
+            not on the batch; in half precision another batch shape may round a probability otherwise and flip a token.
+        max_new_tokens: tokens per completion at most.
+        eos_token_id: one id, several, or None.
+        reference: for a policy that is no tilted reference: the model (or ReferencePolicy) against which the log-ratio
+            is taken, in one pass over each finished text.
+        on_completion: called with the number of tokens of each completion as it ends (for progress bars).
+
+    Returns:
+        completions in the order of the prompts.
+    """
+    if len(prompts) != len(keys):
+        raise ValueError(f"{len(prompts)} prompts but {len(keys)} keys")
+    check_prompts(prompts, max_new_tokens, policy.context)
+    prefixes: dict[tuple[int, ...], Prefix] = {}
+    queue: deque[Job] = deque()
+    for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+        prefix = prefixes.setdefault(tuple(prompt), Prefix(list(prompt)))
+        queue.append(Job(key, prefix, max_new_tokens, tag=i))
+    prefixes.clear()  # a prefix's cache goes when its last job has started
+    completions: list[Completion | None] = [None] * len(prompts)
+    for job, completion, _ in run_jobs(policy, queue, eos_token_id=eos_token_id, batch_size=batch_size, trace=trace):
+        completions[job.tag] = completion
+        if on_completion is not None:
+            on_completion(len(completion.token_ids))
+    if reference is not None:
+        scores = score_texts(reference, prompts, [c.token_ids for c in completions], temperature=policy.temperature)
+        for completion, score in zip(completions, scores, strict=True):
+            completion.reference_log_prob = score
+            completion.log_ratio = completion.log_prob - score
+    return completions
+
+
+@torch.inference_mode()
+def score_texts(
+    model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, temperature: float = 1.0, batch_size: int = 16
+) -> list[float]:
+    """Sum of a language model's log-probabilities of each response after its prompt, one pass over each text."""
+    model = model.languages[0].model if isinstance(model, _Policy) else model
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    scores = [0.0] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        texts = [list(prompts[i]) + list(responses[i]) for i in rows]
+        longest = max(map(len, texts))
+        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for r, text in enumerate(texts):  # right-padded: causal attention never sees the padding
+            tokens[r, : len(text)], mask[r, : len(text)] = torch.as_tensor(text), 1
+        tokens = tokens.to(device)
+        logits = model(input_ids=tokens, attention_mask=mask.to(device), use_cache=False).logits
+        wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+        picked = wide[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2).double().cpu()
+        for r, i in enumerate(rows):
+            first = len(prompts[i]) - 1
+            scores[i] = float(picked[r, first : first + len(responses[i])].sum())
+    return scores

@@ -1,0 +1,525 @@
+"""What can give a next-token distribution, for a batch of rows that are at different places of different texts.
+
+The only place with key-value caches and attention masks. A policy holds a number of rows (slots). Each row's keys and
+values lie in columns of one buffer per model; a mask says which columns are the row's own, and positions are given
+explicitly, so that columns may lie in any order and a new text can take the place of a finished one at any step. All
+models of a policy have read the same tokens, so they share one layout.
+
+A step is: `distribution()` (value models score the k candidates in one masked pass), the caller's choice, `advance()`
+(the chosen candidate's keys and values are kept, the reference reads the chosen token once).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from utils import tilting
+
+
+@dataclass(frozen=True)
+class Step:
+    """One next-token distribution for each row; all tensors are (B, k), `values` is None where there are none."""
+
+    token_ids: Tensor
+    p_ref: Tensor
+    p_tilt: Tensor
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A row's state: what every model's cache holds of it, and its candidates for the next token."""
+
+    length: int
+    kv: list[Tensor | None]  # per model (2, layers, heads, length, head size)
+    p_ref: Tensor  # (k,)
+    token_ids: Tensor  # (k,)
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """torch's attention with the queries that share a key-value head stacked, so that no key or value is repeated.
+
+    query (B, H, q, D), key and value (B, H / G, W, D), attention_mask (B, 1, q, W).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is None or groups == 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    b, h, q, d = query.shape
+    stacked = query.reshape(b, h // groups, groups * q, d)
+    mask = attention_mask.expand(b, 1, q, -1).repeat(1, 1, groups, 1) if q > 1 else attention_mask
+    out = nn.functional.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.reshape(b, h, q, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("mavis_grouped", _grouped_sdpa)
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+class Layout:
+    """Which cache columns of each row hold its tokens; shared by all models of a policy.
+
+    valid (B, capacity) bool; length (B,) int64, the number of tokens read, which is the next token's position.
+    `lengths` is the same on the host, so that nothing has to be read back from a device.
+    """
+
+    def __init__(self, rows: int, device: torch.device, capacity: int = 64):
+        self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths = [0] * rows
+        self.width = 0  # columns in use
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def ensure(self, columns: int) -> None:
+        """Room for that many columns."""
+        have = self.valid.shape[1]
+        if columns > have:
+            more = max(columns, have + have // 2) - have
+            self.valid = nn.functional.pad(self.valid, (0, more))
+
+    def append(self) -> None:
+        """Every row has read one more token, in column `width`."""
+        self.ensure(self.width + 1)
+        self.valid[:, self.width] = True
+        self.length += 1
+        self.lengths = [n + 1 for n in self.lengths]
+        self.width += 1
+
+    def step_mask(self, queries: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask (B, 1, q, width + q) of q tokens at one position: each sees the row's past and itself."""
+        past = self.valid[:, None, : self.width].expand(-1, queries, -1)
+        own = torch.eye(queries, dtype=torch.bool, device=self.valid.device).expand(self.rows, -1, -1)
+        return _additive(torch.cat([past, own], dim=-1), dtype)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, q, W) bool to (B, 1, q, W): 0 where a query may look, the lowest number elsewhere."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+
+
+class SlotCache(Cache):
+    """Keys and values of all layers of one model in one buffer (2, layers, rows, heads, capacity, head size)."""
+
+    def __init__(self, layout: Layout, layers: int):
+        super().__init__(layers=[])
+        self.layout = layout
+        self.num_layers = layers
+        self.store: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write q new columns behind the layout's width; returns all columns up to them."""
+        start, stop = self.layout.width, self.layout.width + key_states.shape[2]
+        if layer_idx == 0:
+            self.ensure(key_states, stop)
+        keys, values = self.store[0, layer_idx], self.store[1, layer_idx]
+        keys[:, :, start:stop] = key_states
+        values[:, :, start:stop] = value_states
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def ensure(self, like: Tensor, columns: int) -> None:
+        """Room for that many columns; `like` (B, heads, _, head size) gives the shape. Unused columns are 0, not nan."""
+        have = 0 if self.store is None else self.store.shape[4]
+        if columns <= have:
+            return
+        b, heads, _, size = like.shape
+        new = like.new_zeros(2, self.num_layers, b, heads, max(columns, have + have // 2, 64), size)
+        if have:
+            new[:, :, :, :, :have] = self.store
+        self.store = new
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layout.width
+
+    def commit(self, choice: Tensor) -> None:
+        """Of k candidates in columns width..width + k, keep the chosen one in column `width`."""
+        if self.store is None:
+            return
+        rows = torch.arange(len(choice), device=choice.device)
+        chosen = self.store[:, :, rows, :, self.layout.width + choice]  # (B, 2, layers, heads, size)
+        self.store[:, :, :, :, self.layout.width] = chosen.permute(1, 2, 0, 3, 4)
+
+    def take_columns(self, columns: Tensor) -> None:
+        """Keep columns (B, W) of each row, in that order."""
+        if self.store is not None:
+            index = columns[None, None, :, None, :, None].expand(*self.store.shape[:4], -1, self.store.shape[5])
+            self.store = self.store.gather(4, index)
+
+    def take_rows(self, rows: Tensor, empty: int) -> None:
+        """Keep these rows, in that order, and add empty ones behind."""
+        if self.store is not None:
+            kept = self.store.index_select(2, rows)
+            if empty:
+                shape = list(kept.shape)
+                shape[2] = empty
+                kept = torch.cat([kept, kept.new_zeros(shape)], dim=2)
+            self.store = kept
+
+
+class CachedModel:
+    """A transformers model and its rows' cache. A value model's scalar head is applied to every token it reads."""
+
+    def __init__(self, model: nn.Module, *, is_value_model: bool = False):
+        if hasattr(model, "get_base_model"):  # PEFT: the adapter's layers are inside the base
+            model = model.get_base_model()
+        self.model = model.eval()
+        self.is_value_model = is_value_model
+        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.num_layers = getattr(text, "num_hidden_layers", 0)
+        self.context = getattr(text, "max_position_embeddings", None)
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        if is_value_model:
+            self.backbone = getattr(model, model.base_model_prefix)
+            self.head = next((getattr(model, n) for n in ("score", "classifier") if hasattr(model, n)), None)
+            if self.head is None:
+                raise ValueError(f"a value model needs a scalar head named score; {type(model).__name__} has none")
+
+    def read(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        """Read (B, q) tokens; returns values (B, q) of a value model, logits (B, V) after the last token of another."""
+        config = self.model.config
+        attention = config._attn_implementation if hasattr(config, "_attn_implementation") else None
+        if attention == "sdpa":
+            config._attn_implementation = "mavis_grouped"
+        try:
+            inputs = dict(input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+            if self.is_value_model:
+                hidden = self.backbone(**inputs).last_hidden_state
+                return self.head(hidden).squeeze(-1)
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        finally:
+            if attention == "sdpa":
+                config._attn_implementation = attention
+
+
+# ----------------------------------------------------------------------------------------------------------- policies
+
+
+class _Policy:
+    """Rows of texts under one or several language models whose logits are added with weights."""
+
+    follows_reference = True  # p_ref is the reference's own probability
+
+    def __init__(self, models: Sequence[nn.Module], mixture: Sequence[float], *, top_k: int, temperature: float):
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        self.top_k, self.temperature = top_k, temperature
+        self.languages = [CachedModel(m) for m in models]
+        self.mixture = list(mixture)
+        self.value_readers: list[CachedModel] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.languages[0].device
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that every model can attend to."""
+        limits = [r.context for r in self.readers if r.context]
+        return min(limits) if limits else None
+
+    @property
+    def readers(self) -> list[CachedModel]:
+        return self.languages + self.value_readers
+
+    # ------------------------------------------------------------------------------------------------------- rows
+
+    def open(self, rows: int) -> None:
+        """Start with that many empty rows."""
+        self.layout = Layout(rows, self.device)
+        self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
+        self.p_ref = self.token_ids = None
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Snapshot]:
+        """Read prompts (lists of token ids) in one batch; their states, to be loaded into rows as often as wanted."""
+        n, longest = len(prompts), max(map(len, prompts))
+        tokens = torch.zeros(n, longest, dtype=torch.int64)
+        valid = torch.zeros(n, longest, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):  # left-padded, so that every prompt ends in the last column
+            tokens[i, longest - len(prompt) :] = torch.as_tensor(prompt)
+            valid[i, longest - len(prompt) :] = True
+        tokens, valid = tokens.to(self.device), valid.to(self.device)
+        positions = (valid.cumsum(-1) - 1).clamp(min=0)
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        own = torch.eye(longest, dtype=torch.bool, device=self.device)  # padding sees itself, lest its softmax be nan
+        allowed = (causal & valid[:, None, :]) | own
+
+        logits, kv = [], []
+        for reader in self.readers:
+            cache = SlotCache(Layout(n, self.device), reader.num_layers)
+            out = reader.read(tokens, positions, _additive(allowed, reader.dtype), cache)
+            if not reader.is_value_model:
+                logits.append(out)
+            kv.append(cache.store)
+        p_ref, token_ids = self._candidates(logits)
+        return [
+            Snapshot(
+                len(prompt),
+                [None if s is None else s[:, :, i, :, longest - len(prompt) : longest] for s in kv],
+                p_ref[i],
+                token_ids[i],
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    @torch.inference_mode()
+    def load(self, rows: Sequence[int], snapshots: Sequence[Snapshot]) -> None:
+        """Put states into rows, in place of what was there."""
+        layout = self.layout
+        layout.width = max(layout.width, *(s.length for s in snapshots))
+        layout.ensure(layout.width)
+        stop = layout.width
+        if self.p_ref is None:
+            k = len(snapshots[0].p_ref)
+            self.p_ref = snapshots[0].p_ref.new_full((self.rows, k), 1.0 / k)
+            self.token_ids = snapshots[0].token_ids.new_zeros(self.rows, k)
+        for row, snapshot in zip(rows, snapshots, strict=True):
+            start = stop - snapshot.length
+            layout.valid[row] = False
+            layout.valid[row, start:stop] = True
+            layout.lengths[row] = snapshot.length
+            for cache, kv in zip(self.caches, snapshot.kv, strict=True):
+                if kv is not None:
+                    cache.ensure(kv[0, 0].unsqueeze(0).expand(self.rows, -1, -1, -1), stop)
+                    cache.store[:, :, row, :, start:stop] = kv
+        index = torch.as_tensor(rows, device=self.device)
+        layout.length[index] = torch.as_tensor([s.length for s in snapshots], device=self.device)
+        self.p_ref[index] = torch.stack([s.p_ref for s in snapshots])
+        self.token_ids[index] = torch.stack([s.token_ids for s in snapshots])
+
+    @torch.inference_mode()
+    def save(self, rows: Sequence[int]) -> list[Snapshot]:
+        """The states of rows, to be loaded again: how a text is forked."""
+        snapshots = []
+        for row in rows:
+            columns = self.layout.valid[row, : self.layout.width].nonzero().squeeze(-1)
+            kv = [None if c.store is None else c.store[:, :, row].index_select(3, columns) for c in self.caches]
+            snapshots.append(Snapshot(self.layout.lengths[row], kv, self.p_ref[row].clone(), self.token_ids[row].clone()))
+        return snapshots
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Rows that nobody needs any more; they are empty until the next load."""
+        index = torch.as_tensor(rows, device=self.device)
+        self.layout.valid[index] = False
+        self.layout.length[index] = 0
+        for row in rows:
+            self.layout.lengths[row] = 0
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[int], total: int) -> None:
+        """Keep these rows, in that order (repeats fork), with empty ones behind up to `total`."""
+        layout, empty = self.layout, total - len(rows)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        layout.valid = nn.functional.pad(layout.valid[index], (0, 0, 0, empty))
+        layout.length = nn.functional.pad(layout.length[index], (0, empty))
+        layout.lengths = [layout.lengths[r] for r in rows] + [0] * empty
+        for cache in self.caches:
+            cache.take_rows(index, empty)
+        if self.p_ref is not None:
+            k = self.p_ref.shape[-1]
+            self.p_ref = torch.cat([self.p_ref[index], self.p_ref.new_full((empty, k), 1.0 / k)])
+            self.token_ids = torch.cat([self.token_ids[index], self.token_ids.new_zeros(empty, k)])
+
+    def _compact(self) -> None:
+        """Drop columns that no row needs, once they are a good part of the buffer."""
+        layout, longest = self.layout, max(self.layout.lengths)
+        if layout.width <= longest + max(16, longest // 4):
+            return
+        columns = layout.valid[:, : layout.width].int().argsort(dim=-1, stable=True)[:, layout.width - longest :]
+        layout.valid = layout.valid.gather(1, columns)
+        for cache in self.caches:
+            cache.take_columns(columns)
+        layout.width = longest
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _candidates(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(p_ref, token_ids) of the weighted sum of the models' logits, (B, k) each."""
+        total = logits[0] if self.mixture == [1.0] else sum(w * x.float() for w, x in zip(self.mixture, logits, strict=True))
+        return tilting.top_k_probs(total, self.top_k, self.temperature)
+
+    def _values(self) -> Tensor | None:
+        """The u (B, k) that tilts the candidates, or None."""
+        return None
+
+    @torch.inference_mode()
+    def distribution(self) -> Step:
+        """The next-token distribution of every row; call it once a step."""
+        values = self._values()
+        p_tilt = self.p_ref / self.p_ref.sum(-1, keepdim=True) if values is None else tilting.tilt(self.p_ref, values, self.beta)
+        return Step(self.token_ids, self.p_ref, p_tilt, values)
+
+    @torch.inference_mode()
+    def advance(self, choice: Tensor) -> None:
+        """Every row takes the candidate of index choice (B,); the language models read it."""
+        tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
+        layout = self.layout
+        for cache in self.caches[len(self.languages) :]:
+            cache.commit(choice)
+        positions = layout.length.unsqueeze(1)
+        logits, masks = [], {}
+        for reader, cache in zip(self.languages, self.caches, strict=False):
+            mask = masks.setdefault(reader.dtype, layout.step_mask(1, reader.dtype))
+            logits.append(reader.read(tokens, positions, mask, cache))
+        self.p_ref, self.token_ids = self._candidates(logits)
+        layout.append()
+        self._compact()
+
+
+class ReferencePolicy(_Policy):
+    """The reference model, cut to its top k tokens and renormalised."""
+
+    def __init__(self, model: nn.Module, *, top_k: int = 15, temperature: float = 1.0):
+        super().__init__([model], [1.0], top_k=top_k, temperature=temperature)
+
+
+class MixturePolicy(_Policy):
+    """Multi-objective decoding (MOD): the weighted sum of several policies' logits. `models` and `weights` as below."""
+
+    follows_reference = False
+
+    def __init__(self, models, weights, *, top_k: int = 15, temperature: float = 1.0):
+        names, models, weights = _aligned(models, weights, "model")
+        super().__init__(models, weights, top_k=top_k, temperature=temperature)
+
+
+class _TiltedPolicy(_Policy):
+    """A reference whose candidates are tilted by the combined, normalised values of several objectives."""
+
+    def __init__(self, reference, weights, *, beta, top_k, temperature, normalization, clip):
+        super().__init__([getattr(reference, "reference_model", reference)], [1.0], top_k=top_k, temperature=temperature)
+        if not math.isfinite(beta) or beta < 0:
+            raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+        if normalization not in tilting.NORMALIZATIONS:
+            raise ValueError(f"unknown normalization {normalization!r}; valid: {', '.join(tilting.NORMALIZATIONS)}")
+        self.beta, self.normalization, self.clip = float(beta), normalization, clip
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=self.device)
+
+    def _objective_values(self) -> Tensor:
+        """V_m of every candidate, (M, B, k)."""
+        raise NotImplementedError
+
+    def _values(self) -> Tensor:
+        values = self._objective_values()
+        combined = tilting.combine(values, self.weights.to(values.dtype))
+        if self.normalization == "none":
+            combined = tilting.clip_values(combined, self.beta, self.clip)
+        self.combined = combined  # unnormalised: what beam search ranks by
+        return tilting.normalize_values(combined, self.normalization)
+
+
+class MavisPolicy(_TiltedPolicy):
+    """MAVIS: the reference tilted by value models (paper, eq. 5).
+
+    Args:
+        reference: a causal language model of transformers.
+        value_models: {objective: model with a scalar head}, or a sequence of such models.
+        weights: {objective: weight} of the same objectives, or a sequence in the same order; a weight of 0 drops its
+            model.
+        beta: strength of the tilt.
+        normalization: "minmax" (v1), "zscore" or "none".
+        clip: with "none", beta * value is at most this (v1: 6); None does not clip (v3).
+    """
+
+    def __init__(
+        self,
+        reference,
+        value_models,
+        weights,
+        *,
+        beta: float,
+        top_k: int = 15,
+        temperature: float = 1.0,
+        normalization: str = "minmax",
+        clip: float | None = tilting.CLIP,
+    ):
+        names, models, weights = _aligned(value_models, weights, "value model")
+        super().__init__(
+            reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
+        )
+        self.value_readers = [CachedModel(m, is_value_model=True) for m in models]
+
+    def _objective_values(self) -> Tensor:
+        k = self.token_ids.shape[1]
+        positions = self.layout.length.unsqueeze(1).expand(-1, k)  # all candidates stand at the next position
+        masks: dict[torch.dtype, Tensor] = {}
+        values = []
+        for reader, cache in zip(self.value_readers, self.caches[len(self.languages) :], strict=True):
+            if reader.dtype not in masks:
+                masks[reader.dtype] = self.layout.step_mask(k, reader.dtype)
+            values.append(reader.read(self.token_ids, positions, masks[reader.dtype], cache))
+        stacked = torch.stack(values)  # (M, B, k)
+        return stacked if stacked.dtype == torch.float64 else stacked.float()
+
+
+class TokenTablePolicy(_TiltedPolicy):
+    """The control that needs no value model: the same tilt with values that depend on the candidate alone.
+
+    `tables` is {objective: (V,)} (or a sequence of tables), the value of each token whatever came before it.
+    """
+
+    def __init__(
+        self,
+        reference,
+        tables,
+        weights,
+        *,
+        beta: float,
+        top_k: int = 15,
+        temperature: float = 1.0,
+        normalization: str = "minmax",
+        clip: float | None = tilting.CLIP,
+    ):
+        names, tables, weights = _aligned(tables, weights, "token table")
+        super().__init__(
+            reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
+        )
+        dtype = torch.float64 if self.languages[0].dtype == torch.float64 else torch.float32
+        self.tables = torch.stack([torch.as_tensor(t, dtype=dtype, device=self.device) for t in tables])  # (M, V)
+
+    def _objective_values(self) -> Tensor:
+        return self.tables[:, self.token_ids]  # (M, B, k)
+
+
+def _aligned(things, weights, what: str) -> tuple[list[str], list, list[float]]:
+    """Names, things and weights of the objectives whose weight is not 0, in one order."""
+    if isinstance(weights, Mapping):
+        missing = [name for name, w in weights.items() if w != 0 and name not in things]
+        if missing:
+            raise ValueError(f"no {what} for {', '.join(missing)}, which has a weight; given: {', '.join(map(str, things)) or 'none'}")
+        pairs = [(name, things[name], w) for name, w in weights.items()]
+    else:
+        things = list(things.values()) if isinstance(things, Mapping) else list(things)
+        if len(things) != len(weights):
+            raise ValueError(f"{len(things)} of {what}, {len(weights)} weights")
+        pairs = list(zip(map(str, range(len(things))), things, weights, strict=True))
+    if any(not math.isfinite(w) for _, _, w in pairs):
+        raise ValueError(f"weights must be finite numbers, got {[w for _, _, w in pairs]}")
+    kept = [p for p in pairs if p[2] != 0]
+    if not kept:
+        raise ValueError(f"every weight is 0: at least one {what} must have a weight")
+    names, kept_things, kept_weights = (list(column) for column in zip(*kept, strict=True))
+    return names, kept_things, [float(w) for w in kept_weights]
