@@ -8,7 +8,7 @@ import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 
-from utils.config import Config, ConfigError, load_config
+from utils.config import Config, ConfigError, load_config, nearest
 
 
 class UsageError(ValueError):
@@ -139,3 +139,16 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def objectives_of(dataset, name: str) -> list[str]:
+    """`all`, one name or several with commas, to objectives of a data set."""
+    if name == "all":
+        return list(dataset.objectives)
+    names = [n.strip() for n in name.split(",") if n.strip()]
+    for n in names:
+        if n not in dataset.objectives:
+            raise UsageError(f"unknown objective {n!r} of {dataset.name}; {nearest(n, (*dataset.objectives, 'all'))}")
+    if not names:
+        raise UsageError("no objective was named")
+    return names

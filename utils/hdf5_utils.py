@@ -13,9 +13,11 @@ appended to safely, so they are only ever replaced whole: `consolidate` writes a
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,35 +97,47 @@ def write_discarded(data_dir: Path, prompt_index: int, prompt: str, reason: str)
 
 
 def consolidate(data_dir: Path) -> int:
-    """Move the tokens in `parts/` into all_tokens.hdf5, in the order of the prompts; returns how many trees it holds."""
+    """Move the tokens in `parts/` into all_tokens.hdf5, in the order of the prompts; returns how many trees it holds.
+
+    Several processes may fill one folder: a lock lets one at a time replace the file, and a part whose tree has no
+    JSON file yet (another process is writing it, or was killed) stays where it is.
+    """
     data_dir, target = Path(data_dir), Path(data_dir) / TOKENS
-    parts = {int(p.stem[6:]): p for p in (data_dir / "parts").glob("prompt*.npy")}
-    parts = {i: p for i, p in parts.items() if tree_path(data_dir, i) is not None}  # a tree without its JSON is unfinished
-    if parts:
-        temporary = data_dir / f".{TOKENS}.{os.getpid()}.tmp"
-        try:
-            with h5py.File(temporary, "w") as out:
-                old = _open(target) if target.exists() else None
-                known = {int(name[6:]) for name in old} if old is not None else set()
-                for index in sorted(known | set(parts)):
-                    if index in parts:
-                        stored = np.load(parts[index], allow_pickle=False)
-                        n = int(stored[0])
-                        _store(out, index, stored[1 + n :], stored[1 : 1 + n])
-                    else:
-                        old.copy(f"prompt{index}", out)
-                if old is not None:
-                    old.close()
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    shutil.rmtree(data_dir / "parts", ignore_errors=True)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(data_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        parts = {int(p.stem[6:]): p for p in (data_dir / "parts").glob("prompt*.npy")}
+        parts = {i: p for i, p in parts.items() if tree_path(data_dir, i) is not None}
+        if parts:
+            _rewrite(target, parts)
+        for part in parts.values():
+            part.unlink()
+        if (data_dir / "parts").is_dir() and not any((data_dir / "parts").iterdir()):
+            (data_dir / "parts").rmdir()
     if not target.exists():
         return 0
     with _open(target) as file:
         return len(file)
+
+
+def _rewrite(target: Path, parts: dict[int, Path]) -> None:
+    """Replace the token store by one that also holds `parts`."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(h5py.File(temporary, "w"))
+            old = stack.enter_context(_open(target)) if target.exists() else {}
+            for index in sorted({int(name[6:]) for name in old} | set(parts)):
+                if index in parts:
+                    offsets, flat = _read_part(parts[index])
+                    _store(out, index, flat, offsets)
+                else:
+                    old.copy(f"prompt{index}", out)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _store(file: h5py.File, index: int, flat: np.ndarray, offsets: np.ndarray) -> None:
@@ -138,8 +152,6 @@ def _flatten(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _npy(array: np.ndarray) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -216,12 +228,7 @@ def read_trees(data_dir: str | Path, split: str = "all") -> Iterator[Tree]:
 def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
     part = data_dir / "parts" / f"prompt{index}.npy"
     if part.is_file():
-        try:
-            stored = np.load(part, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{part} is corrupt ({error}); delete it and its tree's JSON file, and collect again") from error
-        n = int(stored[0])
-        offsets, flat = stored[1 : 1 + n], stored[1 + n :]
+        offsets, flat = _read_part(part)
     else:
         with _open(data_dir / TOKENS) as file:
             name = f"prompt{index}"
@@ -235,6 +242,15 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
     if offsets.ndim != 1 or flat.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
         raise DataError(f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens")
     return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        stored = np.load(path, allow_pickle=False)
+        count = int(stored[0])
+    except (ValueError, OSError, EOFError, IndexError, TypeError) as error:
+        raise DataError(f"{path} is corrupt ({error}); delete it and its tree's JSON file, and collect again") from error
+    return stored[1 : 1 + count], stored[1 + count :]
 
 
 def _open(path: Path) -> h5py.File:
@@ -289,3 +305,34 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
     finally:
         temporary.unlink(missing_ok=True)
     return len(sources)
+
+
+def split_folder(data_dir: str | Path, output_dir: str | Path, num_val: int) -> tuple[int, int]:
+    """Copy a folder of trees into the layout of training: the first `num_val` prompts to val/, the rest to train/.
+
+    Returns:
+        how many trees are in train/ and in val/.
+
+    Raises:
+        DataError: no trees, or none left for training.
+    """
+    data_dir, output_dir = Path(data_dir), Path(output_dir)
+    indices = stored_indices(data_dir)
+    trees = set(tree_indices(data_dir))
+    val = [i for i in indices[:num_val] if i in trees]
+    train = [i for i in indices[num_val:] if i in trees]
+    if not trees:
+        raise DataError(f"no trees in {data_dir}; make them with get_data_base.py")
+    if not train or not val:
+        raise DataError(
+            f"{data_dir} has {len(indices)} prompts; with the first {num_val} for validation, {len(val)} trees are for "
+            f"validation and {len(train)} for training; collect more, or give another --num_val"
+        )
+    consolidate(data_dir)
+    write_atomically(output_dir / TOKENS, (data_dir / TOKENS).read_bytes())
+    for name, other, chosen in (("val", "train", val), ("train", "val", train)):
+        for index in chosen:
+            file = f"prompt{index}_tree.json"
+            write_atomically(output_dir / name / file, tree_path(data_dir, index).read_bytes())
+            (output_dir / other / file).unlink(missing_ok=True)  # of an earlier split with another num_val
+    return len(train), len(val)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Label trees: score every leaf with the objectives' reward models and back the values up to every node.
+
+    python label_tree.py DIR <objective|all> --dataset anthropic
+
+Trees that have the values already are skipped, so that a killed run is completed by the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from utils import cli
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data_dir", metavar="DIR", type=Path, help="folder of trees, as get_data_base.py makes it")
+    parser.add_argument("objective", help="an objective of the data set, or all")
+    parser.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
+    parser.add_argument("--check_trees", action="store_true", help="only check that every tree is sound and labelled")
+    parser.add_argument("--relabel", action="store_true", help="score again what has values already")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts per reward model's batch (default: 32)")
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    dataset = config.dataset(args.dataset)
+    objectives = cli.objectives_of(dataset, args.objective)
+    if args.dry_run:
+        rows = [("trees", args.data_dir, cli.found(str(args.data_dir), "get_data_base.py"))]
+        for name in objectives:
+            spec = config.objective(name)
+            place = spec.function or config.locate(spec.path)
+            rows.append((f"reward {name}", place, "Python" if spec.function else cli.found(place, f"train_reward_model.py --objective {name}" if spec.training else "")))
+        cli.report_dry_run(rows)
+        return 0
+    from utils.hdf5_utils import read_trees, tree_indices
+
+    if not tree_indices(args.data_dir):
+        raise cli.DataError(f"no trees in {args.data_dir}; make them with get_data_base.py ... --output_dir {args.data_dir}")
+    if args.check_trees:
+        return _check(args.data_dir, objectives, read_trees)
+
+    from utils.labelling import label_trees, variance_within
+    from utils.models import load_tokenizer, pick_device
+    from utils.rewards import RewardSet
+
+    rewards = RewardSet(config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size)
+    tokenizer = load_tokenizer(config.sft_path(dataset))
+    labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
+    trees = list(read_trees(args.data_dir))
+    print(f"{labelled} trees labelled, {len(trees) - labelled} had their values; {sum(len(t.leaves) for t in trees)} leaves")
+    for name in objectives:
+        total, within = variance_within(trees, name)
+        print(f"  {name}: standard deviation of the leaves {total**0.5:.3f}, share of the variance within a prompt {within:.2f}")
+    return 0
+
+
+def _check(data_dir: Path, objectives, read_trees) -> int:
+    """Read every tree, which checks it, and see that it has the objectives' values."""
+    count = nodes = 0
+    for tree in read_trees(data_dir):
+        missing = [o for o in objectives if o not in tree.values]
+        if missing:
+            raise cli.DataError(f"prompt {tree.prompt_index} in {data_dir} has no values of {', '.join(missing)}; label it with label_tree.py {data_dir} {missing[0]}")
+        count, nodes = count + 1, nodes + len(tree)
+    print(f"{count} trees, {nodes} nodes: all sound and labelled with {', '.join(objectives)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,54 @@
+"""Labelling trees: a leaf's value is its reward, an inner node's the mean of its children's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils import cli
+from utils.hdf5_utils import read_tree, tree_indices, tree_path, write_structure
+from utils.rewards import RewardSet
+from utils.trees import Tree
+
+CHUNK = 32  # trees whose leaves are scored together
+
+
+def leaf_texts(tree: Tree, tokenizer) -> list[str]:
+    """The response of each leaf, in the order of `tree.leaves`."""
+    return tokenizer.batch_decode([tree.response_tokens(n) for n in tree.leaves], skip_special_tokens=True)
+
+
+def label_trees(data_dir: Path, objectives: Sequence[str], rewards: RewardSet, tokenizer, relabel: bool = False) -> Iterator[Tree]:
+    """Score the leaves of every tree that lacks one of the objectives, write the values, and yield the tree."""
+    indices = tree_indices(data_dir)
+    bar = cli.progress(total=len(indices), desc="labels", unit="tree")
+    for first in range(0, len(indices), CHUNK):
+        trees = [read_tree(data_dir, i) for i in indices[first : first + CHUNK]]
+        todo = [t for t in trees if relabel or any(o not in t.values for o in objectives)]
+        if todo:
+            texts = [leaf_texts(t, tokenizer) for t in todo]
+            prompts = [t.prompt for t, leaves in zip(todo, texts, strict=True) for _ in leaves]
+            scores = rewards.score(prompts, [text for leaves in texts for text in leaves])
+            start = 0
+            for i, tree in enumerate(todo):
+                leaves = tree.leaves
+                for objective in objectives:
+                    values = np.zeros(len(tree))
+                    values[leaves] = scores[objective][start : start + len(leaves)]
+                    tree = tree.labelled(objective, values)
+                start += len(leaves)
+                write_structure(tree_path(data_dir, tree.prompt_index), tree)
+                todo[i] = tree
+        bar.update(len(trees))
+        yield from todo
+    bar.close()
+
+
+def variance_within(trees: Sequence[Tree], objective: str) -> tuple[float, float]:
+    """(variance of the leaves' rewards, its share that lies within a prompt and so can be steered)."""
+    leaves = [t.values[objective][t.leaves] for t in trees]
+    total = np.concatenate(leaves).var()
+    within = float(np.average([v.var() for v in leaves], weights=[len(v) for v in leaves]))
+    return float(total), within / total if total > 0 else float("nan")
