@@ -2,9 +2,9 @@
 
 **The language.** 24 words: a stem names one of six topics, which lie on a circle (60 degrees apart), an ending one of
 four rhymes (`marane`, `solane`, `marook`, ...). A prompt names a topic by the first of these words in it. An answer is
-a Markov chain of order 1 over words, given the prompt's topic (`transition`): it wanders from a topic to its
-neighbours, drifts a little to where neither `help` nor `harm` lies, prefers endings that do not rhyme, and ends with a
-fixed probability after each word. Every word can follow every word, so a top-k cut is a real cut.
+a Markov chain of order 1 over words, given the prompt's topic (`transition`): it starts near the topic, wanders from
+one to its neighbours, drifts a little to where neither `help` nor `harm` lies, prefers endings that do not rhyme, and
+ends with a fixed probability after each word. Every word can follow every word, so a top-k cut is a real cut.
 
 **The rewards** are means over an answer's words (so its length is neutral) and depend on context:
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,9 +41,11 @@ TOPIC = np.arange(NUM_WORDS) // NUM_RHYMES  # (W,)
 RHYME = np.arange(NUM_WORDS) % NUM_RHYMES  # (W,)
 INDEX = {word: i for i, word in enumerate(WORDS)}
 
-INERTIA = 1.1  # how strongly the next word's topic stays near the last one's (a von Mises weight)
+INERTIA = 1.3  # how strongly the next word's topic stays near the last one's (a von Mises weight)
 DRIFT = 0.4  # how strongly it drifts to the topic opposite to the one between help and harm
-RHYME_WEIGHTS = (0.16, 0.34, 0.34, 0.16)  # of the next ending, by its distance on the circle of rhymes
+START_NEAR = 0.5  # how strongly an answer starts near the topic between help and harm
+TURN = 10.0  # degrees by which the wandering prefers one sense of the circle: no ties between topics
+RHYME_WEIGHTS = (0.2, 0.32, 0.27, 0.21)  # of the next ending, by its distance on the circle of rhymes
 HAZARD = 0.06  # probability that the answer ends, after each word
 HARM_OFFSET = 2  # topics from help's best one to harm's
 
@@ -63,10 +66,13 @@ def _cosine(steps) -> np.ndarray:
 def transition(topic: int) -> np.ndarray:
     """The generator for prompts of one topic: (W + 1, W + 1) probabilities, from the last word (row W: none yet) to
     the next (column W: the end, never the first)."""
-    drift = DRIFT * _cosine(TOPIC - topic - 4)  # (W,)
-    near = INERTIA * _cosine(TOPIC[None] - TOPIC[:, None])  # (W, W)
+
+    def pull(steps):  # (...) topics away -> log-weight
+        return np.cos(np.deg2rad(360 / NUM_TOPICS * (np.asarray(steps) % NUM_TOPICS) - TURN))
+
+    wander = INERTIA * pull(TOPIC[None] - TOPIC[:, None]) + DRIFT * pull(TOPIC - topic - 4)  # (W, W)
     rhyme = np.array(RHYME_WEIGHTS)[(RHYME[None] - RHYME[:, None]) % NUM_RHYMES]
-    words = np.concatenate([np.exp(near + drift) * rhyme, np.exp(drift)[None]])  # (W + 1, W)
+    words = np.concatenate([np.exp(wander) * rhyme, np.exp(START_NEAR * pull(TOPIC - topic - 1))[None]])  # (W + 1, W)
     words /= words.sum(1, keepdims=True)
     end = np.full((NUM_WORDS + 1, 1), HAZARD)
     end[START] = 0.0
@@ -107,7 +113,7 @@ def words_of(answer: Sequence[int]) -> str:
 def log_prob(topic: int, answer: Sequence[int]) -> float:
     """The generator's log-probability of an answer (nats)."""
     path = [START, *answer]
-    return float(sum(np.log(transition(topic)[a, b]) for a, b in zip(path, path[1:], strict=False)))
+    return float(sum(np.log(transition(topic)[a, b]) for a, b in pairwise(path)))
 
 
 def entropy_per_token(horizon: int = 16) -> float:
@@ -273,10 +279,7 @@ class ExactValues:
             stop = sums / max(n, 1)  # the value of ending here
             for last in range(NUM_WORDS + 1):
                 options = np.stack(
-                    [
-                        stop if a == END else _shift(table[n + 1, a], steps[last, a])
-                        for a in allowed[last]
-                    ]
+                    [stop if a == END else _shift(table[n + 1, a], steps[last, a]) for a in allowed[last]]
                 )  # (k, J)
                 p = matrix[last, allowed[last]][:, None]
                 if eta is None:
@@ -290,7 +293,7 @@ class ExactValues:
         """The value after these words (indices; END last where the answer has ended)."""
         ended = bool(answer) and answer[-1] == END
         words = list(answer[:-1] if ended else answer)
-        total = sum(self.steps[a, b] for a, b in zip([START, *words], words, strict=False))
+        total = sum(self.steps[a, b] for a, b in pairwise([START, *words]))
         if ended or len(words) == self.horizon:
             return float(total * self.unit / max(len(words), 1))
         return float(self.table[len(words), words[-1] if words else START, self.centre + total])
