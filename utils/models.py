@@ -49,6 +49,8 @@ def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
     path = str(path)
     if os.path.isdir(path) and not any(Path(path).iterdir()):
         raise DataError(f"{what}: {path} is an empty folder" + (f"; make it with: {made_by}" if made_by else ""))
+    if made_by and not os.path.isdir(path) and path.count("/") != 1:  # no Hub name: do not ask the Hub for a minute
+        raise DataError(f"{what}: no folder {path!r}; make it with: {made_by}")
     try:
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:
