@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec, SourceSpec, nearest
+from utils.config import Config, ConfigError, DatasetSpec, SourceSpec, nearest
 from utils.text_formats import NO_COLUMN, RowDropped, format_of, prompt_hash, shown_to_reference
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -63,10 +63,11 @@ def source_files(source: SourceSpec, config: Config) -> list[Path]:
         return [path for path in found.values() if path is not None]
     if len(missing) == len(found) and source.hub:
         return []
-    raise DataError(
-        f"no data file {', '.join(missing)} in {_roots(config)}; "
-        "set DATA_DIR to the folder that holds the data, or give --data_files"
-    )
+    hint = "set DATA_DIR to the folder that holds the data, or give --data_files"
+    base = config.base_model
+    if base.made_by and not os.path.exists(config.locate(base.path)):  # nothing of this configuration was made yet
+        hint = f"this configuration's first step was not taken: {base.made_by}; else {hint}"
+    raise DataError(f"no data file {', '.join(missing)} in {_roots(config)}; {hint}")
 
 
 def iter_rows(source: SourceSpec, config: Config, data_files: Sequence[str | os.PathLike] = ()) -> Iterator[dict]:
@@ -379,10 +380,10 @@ def split_source(spec: DatasetSpec, split: str) -> SourceSpec:
     """The source of a split.
 
     Raises:
-        DataError: the data set has no such split.
+        ConfigError: the data set has no such split.
     """
     if split not in spec.splits:
-        raise DataError(f"data set {spec.name} has no split {split!r}; {nearest(split, spec.splits)}")
+        raise ConfigError(f"data set {spec.name} has no split {split!r}; {nearest(split, spec.splits)}")
     return spec.splits[split]
 
 
