@@ -1,0 +1,139 @@
+"""Evaluate what MAVIS is compared with, in the same run folders and by the same loop.
+
+    python baseline_eval.py --dataset anthropic                                              # the reference itself
+    python baseline_eval.py --dataset anthropic --num_samples 16 --obj_weights 0.5,0.5       # best of 16 samples
+    python baseline_eval.py --dataset anthropic --token_table DIR --beta 4 --obj_weights 0.5,0.5    # the control
+
+The reference takes no weights. Best of N ranks the samples of each answer by their weighted reward. A token table is
+the context-free control: a value for each token whatever came before it, with the same tilt (fit_token_table.py makes
+one). Run folders lie in <workspace>/baseline_logs, those of best-of-N in <workspace>/baseline_bon_logs.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from utils.cli import UsageError, check_beta, run
+from utils.evaluation import Method, Settings, add_evaluation_arguments, evaluate_method, resolve
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("baseline (none of these: the reference)")
+    group.add_argument("--num_samples", type=int, default=1, help="best of N: samples per answer (default: 1)")
+    group.add_argument("--token_table", metavar="DIR", help="folder of <objective>.safetensors, tables of token values")
+    group.add_argument("--beta", type=float, help="strength of the token table's tilt, at least 0")
+    add_evaluation_arguments(parser)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One baseline policy: its `build`, its series and its checkpoints, from the settings and the arguments."""
+
+    build: Callable
+    series: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
+    checkpoints: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
+    needs: tuple[str, ...] = ()  # flags that must be given with it
+
+
+def _reference(args: Namespace):
+    def build(settings, reference, tokenizer, device):
+        from utils.policies import ReferencePolicy
+
+        return ReferencePolicy(reference, top_k=settings.top_k, temperature=settings.temperature)
+
+    return build
+
+
+def _token_table(args: Namespace):
+    def build(settings, reference, tokenizer, device):
+        from utils.token_table import load_token_table
+
+        from utils.policies import TokenTablePolicy
+
+        tables = {name: load_token_table(f"{args.token_table}/{name}.safetensors") for name in settings.weights}
+        return TokenTablePolicy(
+            reference,
+            tables,
+            settings.weights,
+            beta=args.beta,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            normalization=settings.config.decoding.normalization,
+        )
+
+    return build
+
+
+def _token_table_files(settings: Settings, args: Namespace) -> dict:
+    made_by = f"python fit_token_table.py --config {settings.config.path} --dataset {settings.spec.name}"
+    return {f"token table of {n}": (f"{args.token_table}/{n}.safetensors", made_by) for n in settings.weights}
+
+
+# A new baseline is one entry here and its flag above; the key is the flag's name, the first entry is the default.
+BASELINES = {
+    "reference": Baseline(_reference),
+    "token_table": Baseline(
+        _token_table,
+        series=lambda settings, args: {
+            "beta": args.beta,
+            "token_table": args.token_table,
+            "normalization": settings.config.decoding.normalization,
+        },
+        checkpoints=_token_table_files,
+        needs=("beta", "obj_weights"),
+    ),
+}
+
+
+def method_of(settings: Settings, args: Namespace) -> Method:
+    """The baseline that the flags name, alone or as the best of N of its samples.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    named = [name for name in BASELINES if name != "reference" and getattr(args, name)]
+    if len(named) > 1:
+        raise UsageError(f"--{' and --'.join(named)} name two baselines; give one")
+    name = named[0] if named else "reference"
+    baseline, n = BASELINES[name], args.num_samples
+    for flag in baseline.needs:
+        if getattr(args, flag) is None:
+            raise UsageError(f"--{name} needs --{flag}")
+    if args.beta is not None:
+        check_beta(args.beta)
+        if "beta" not in baseline.needs:
+            raise UsageError(f"--beta has no meaning for the {name}; it goes with --token_table")
+    if n < 1:
+        raise UsageError(f"--num_samples must be at least 1, got {n}")
+    if n > 1 and not settings.weights:
+        raise UsageError("--num_samples needs --obj_weights, which rank the samples")
+    if n == 1 and name == "reference" and settings.weights:
+        raise UsageError("the reference takes no --obj_weights; give --num_samples or --token_table with them")
+    series = baseline.series(settings, args)
+    return Method(
+        name=name if n == 1 else "best_of_n" if name == "reference" else f"{name}_best_of_n",
+        kind="baseline_logs" if n == 1 else "baseline_bon_logs",
+        build=baseline.build(args),
+        series=series if n == 1 else {"num_samples": n} | series,
+        checkpoints=baseline.checkpoints(settings, args),
+        num_samples=n,
+        kl_added=math.log(n) - (n - 1) / n,  # the most that choosing one of N adds to the KL
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    settings = resolve(args)
+    return evaluate_method(settings, method_of(settings, args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

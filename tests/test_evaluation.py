@@ -1,0 +1,389 @@
+"""One evaluation loop for every method, run on tiny random models from prompts to the run folder."""
+
+import importlib
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from utils.evaluation import distinct_ratio, evaluate, pick
+from utils.runs import RunSpec, open_run, read_arguments, read_samples
+
+WORDS = [f"w{i}" for i in range(40)]
+REWARDS = """
+def low(prompts, responses):
+    return [sum(int(w[1:]) < 20 for w in r.split()) / max(1, len(r.split())) for r in responses]
+
+def even(prompts, responses):
+    return [sum(int(w[1:]) % 2 == 0 for w in r.split()) / max(1, len(r.split())) for r in responses]
+
+def length(prompts, responses):
+    assert all(not p.startswith("Human") for p in prompts)
+    return [len(r.split()) for r in responses]
+"""
+CONFIG = {
+    "label": "toy",
+    "workspace": "workspace",
+    "cpu_dtype": "float64",
+    "base_model": {"path": "base_model", "made_by": "make base"},
+    "value_model": {"path": "base_model", "num_layers": 1, "lora": {"r": 2, "alpha": 4}},
+    "decoding": {"top_k": 6, "batch_size": 3},
+    "evaluation": {"num_prompts": 4, "num_trials": 2, "seed": 0},
+    "datasets": {
+        "toy": {
+            "exp_type": "toy",
+            "prompt_format": "dialogue",
+            "reference_template": "{user}",
+            "sft_model": "base_model",
+            "splits": {"test": {"hub": "x/y"}},
+            "objectives": ["low", "even", "length"],
+            "max_new_tokens": 6,
+            "max_prompt_tokens": 20,
+        }
+    },
+    "objectives": {n: {"kind": "callable", "function": f"toy_rewards:{n}"} for n in ("low", "even", "length")},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A configuration whose workspace has a tiny random reference, two value models, token tables and prompts."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from utils.config import load_config
+    from utils.data import prompts_csv, write_prompts
+    from utils.models import load_tokenizer, new_value_model
+
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy_rewards.py").write_text(REWARDS)
+    (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    workspace = folder / "workspace"
+    base = workspace / "base_model"
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<eos>", "<pad>", "<unk>", *WORDS])}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(base)
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(WORDS) + 3, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            eos_token_id=0,
+            bos_token_id=None,
+            pad_token_id=1,
+        )
+    ).save_pretrained(base)
+    config = load_config(folder / "toy.yaml", workspace)
+    spec = config.dataset("toy")
+    write_prompts(prompts_csv(config, spec, "test"), [f"\n\nHuman: w{i} w{i + 1}\n\nAssistant: " for i in range(5)])
+    tokenizer = load_tokenizer(base)
+    for seed, name in enumerate(("low", "even")):
+        model = new_value_model(config, tokenizer, len(WORDS) + 3, torch.device("cpu"), seed=seed)
+        torch.nn.init.normal_(
+            model.get_base_model().score.modules_to_save["default"].weight,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        model.save_pretrained(workspace / "value_models" / "iter_0" / name)
+    return folder
+
+
+@pytest.fixture
+def script(toy, tmp_path, monkeypatch):
+    """Call a script's main in a workspace of its own that shares the toy's models."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    for name in ("base_model", "value_models", "datasets"):
+        (workspace / name).symlink_to(toy / "workspace" / name)
+
+    def call(name, *argv):
+        common = [
+            "--config",
+            str(toy / "toy.yaml"),
+            "--workspace",
+            str(workspace),
+            "--dataset",
+            "toy",
+            "--device",
+            "cpu",
+        ]
+        return importlib.import_module(name).main([*map(str, argv), *common])
+
+    call.workspace = workspace
+    return call
+
+
+def status(script, name, *argv):
+    """The exit status that the script's process would have."""
+    from utils.cli import run
+
+    try:
+        return run(lambda: script(name, *argv))
+    except SystemExit as stopped:  # argparse
+        return stopped.code
+
+
+def run_folders(script):
+    return sorted(f.parent for f in script.workspace.glob("*/*/*/*/args.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------------- the real thing
+
+
+def test_mavis_leaves_a_complete_folder_and_is_not_repeated(script, capsys):
+    assert script("mavis", "--obj_weights", "0.3,0.7", "--beta", 3) == 0
+    (folder,) = run_folders(script)
+    assert folder.parent == script.workspace / "mavis_logs" / "toy" / "low_even"
+    assert sorted(f.name for f in folder.iterdir()) == ["args.yaml", "rewards.csv", "samples.jsonl", "summary.txt"]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"run folder: {folder}") and printed.endswith((folder / "summary.txt").read_text())
+    samples = read_samples(folder)
+    assert [(s["index"], s["trial"]) for s in samples] == [(i, t) for i in range(4) for t in range(2)]
+    assert all(list(s["rewards"]) == ["low", "even", "length"] for s in samples)  # also those without a weight
+    assert all(1 <= s["tokens"] <= 6 and s["log_ratio"] == pytest.approx(s["log_ratio"]) for s in samples)
+    before = (folder / "samples.jsonl").read_bytes()
+    assert script("mavis", "--obj_weights", "0.3,0.7", "--beta", 3, "--batch_size", 2) == 0
+    assert "complete and is not repeated" in capsys.readouterr().out
+    assert run_folders(script) == [folder] and (folder / "samples.jsonl").read_bytes() == before
+    assert script("mavis", "--obj_weights", "0.3,0.7", "--beta", 3, "--rerun") == 0
+    assert len(run_folders(script)) == 2
+
+
+def answers(folder):
+    kept = ("index", "trial", "response", "rewards", "tokens", "finished", "log_ratio", "num_candidates", "distinct")
+    rows = [{k: s[k] for k in kept} for s in read_samples(folder)]
+    for row in rows:
+        row["log_ratio"] = round(row["log_ratio"], 9)
+    return sorted(rows, key=lambda s: (s["index"], s["trial"]))
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_without_computing_a_row_twice(script, capsys):
+    command = ("mavis", "--obj_weights", "0.5,0.5", "--beta", 2, "--num_prompts", 5, "--batch_size", 1)
+    script(*command)
+    (folder,) = run_folders(script)
+    whole = answers(folder)
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    kept = lines[:3]
+    (folder / "samples.jsonl").write_bytes(b"".join(kept) + lines[3][:40])
+    for name in ("summary.txt", "rewards.csv"):
+        (folder / name).unlink()
+    script(*command)
+    assert "going on after 3 of 10 answers" in capsys.readouterr().out
+    assert run_folders(script) == [folder] and answers(folder) == whole
+    assert (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)[:3] == kept
+
+
+def test_batch_size_changes_no_answer(script):
+    script("mavis", "--obj_weights", "0.5,0.5", "--beta", 2, "--batch_size", 1)
+    script("mavis", "--obj_weights", "0.5,0.5", "--beta", 2, "--batch_size", 8, "--rerun")
+    first, second = run_folders(script)
+    assert answers(first) == answers(second)  # float64, so no rounding can flip a token
+
+
+def test_beta_0_with_a_value_model_gives_the_references_answers(script):
+    """The same seed gives the same random numbers to every method."""
+    script("mavis", "--obj_weights", "1", "--beta", 0)
+    script("baseline_eval")
+    by_method = {read_arguments(f)["method"]: answers(f) for f in run_folders(script)}
+    assert by_method["mavis"] == by_method["reference"]
+
+
+def test_no_value_model_is_loaded_for_a_weight_of_0(script):
+    script("mavis", "--obj_weights", "1,0,0", "--value_model_iter", "0,,9", "--beta", 1)  # there is no iter_9
+    (folder,) = run_folders(script)
+    assert list(read_arguments(folder)["setting"]["checkpoints"]) == ["reference", "value model of low"]
+
+
+def test_best_of_n_reports_the_sample_with_the_highest_weighted_reward(script):
+    script("baseline_eval", "--num_samples", 8, "--obj_weights", "0.25,,0.75")
+    script("baseline_eval")
+    best, plain = (f for f in run_folders(script))
+    assert "baseline_bon_logs" in str(best) and "low_length" in str(best) and "baseline_logs" in str(plain)
+    arguments = read_arguments(best)
+    assert arguments["series"] == {"num_samples": 8} and arguments["kl_added"] == pytest.approx(math.log(8) - 7 / 8)
+    samples = read_samples(best)
+    assert all(s["num_candidates"] == 8 and s["generated_tokens"] >= 8 for s in samples)
+    weighted = [
+        np.mean([0.25 * s["rewards"]["low"] + 0.75 * s["rewards"]["length"] for s in read_samples(f)])
+        for f in (best, plain)
+    ]
+    assert weighted[0] > weighted[1]
+    assert "KL                      <= " in (best / "summary.txt").read_text()
+
+
+def test_the_log_ratio_is_left_out_where_it_is_not_tracked(script):
+    script("baseline_eval", "--no-track_KL")
+    (folder,) = run_folders(script)
+    assert "log_ratio" not in (folder / "rewards.csv").read_text()
+    assert not any("log_ratio" in s for s in read_samples(folder))
+    assert "KL" not in (folder / "summary.txt").read_text()
+
+
+def test_answers_to_the_users_own_texts_leave_no_folder(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w7 w8\n"))
+    assert script("mavis", "--obj_weights", "0.5,0.5", "--beta", 2, "--prompt", "w1 w2", "--prompt", "-") == 0
+    printed = capsys.readouterr().out
+    assert "> w1 w2\n" in printed and "> w7 w8\n" in printed
+    assert printed.count("log-ratio") == 2 and printed.count("[low ") == 2
+    assert run_folders(script) == [] and not (script.workspace / "mavis_logs").exists()
+
+
+def test_a_dry_run_loads_nothing_and_makes_nothing(script, capsys):
+    assert script("mavis", "--obj_weights", "0.5,0.5", "--beta", 2, "--value_model_iter", "3", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "iter_3/low" in printed and "made by: python train_value_model.py" in printed and "base_model" in printed
+    assert sorted(f.name for f in script.workspace.iterdir()) == ["base_model", "datasets", "value_models"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--beta", "nan"], "--beta"),
+        (["--beta", "inf"], "--beta"),
+        (["--beta", "-1"], "--beta"),
+        (["--beta", "1", "--obj_weights", "0.5,0.6"], "sum to"),
+        (["--beta", "1", "--topk", "0"], "--topk"),
+        (["--beta", "1", "--temperature", "0"], "--temperature"),
+        (["--beta", "1", "--num_trials", "0"], "--num_trials"),
+        (["--beta", "1", "--value_model_iter", "0,x"], "--value_model_iter"),
+        (["--beta", "1", "--data_split", "tset"], "did you mean 'test'"),
+        (["--beta", "1", "--prompt", "  "], "empty"),
+        ([], "--beta"),
+    ],
+)
+def test_a_command_that_cannot_be_meant_exits_2_before_any_folder(script, capsys, argv, said):
+    if "--obj_weights" not in argv:
+        argv = [*argv, "--obj_weights", "0.5,0.5"]
+    assert status(script, "mavis", *argv) == 2
+    assert said in capsys.readouterr().err
+    assert not (script.workspace / "mavis_logs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--obj_weights", "0.5,0.5"], "takes no --obj_weights"),
+        (["--num_samples", "4"], "needs --obj_weights"),
+        (["--num_samples", "0"], "--num_samples"),
+        (["--beta", "2"], "--beta has no meaning"),
+        (["--token_table", "t", "--obj_weights", "1"], "needs --beta"),
+        (["--token_table", "t", "--beta", "1"], "needs --obj_weights"),
+    ],
+)
+def test_baselines_refuse_flags_that_do_not_go_together(script, capsys, argv, said):
+    assert status(script, "baseline_eval", *argv) == 2
+    assert said in capsys.readouterr().err and run_folders(script) == []
+
+
+@pytest.mark.parametrize(
+    "name, argv, said",
+    [
+        (
+            "mavis",
+            ["--obj_weights", "0.5,0.5", "--beta", "1", "--value_model_iter", "2"],
+            "iter_2/low; make it with: python train_value_model.py",
+        ),
+        ("mavis", ["--obj_weights", ",,1", "--beta", "1"], "iter_0/length"),
+        ("baseline_eval", ["--token_table", "nowhere", "--beta", "1", "--obj_weights", "1"], "fit_token_table.py"),
+        ("baseline_eval", ["--num_prompts", "6"], "has 5 prompts"),
+        ("baseline_eval", ["--start_index", "5"], "has 5 prompts"),
+        ("baseline_eval", ["--max_new_tokens", "40"], "leaves no room"),
+    ],
+)
+def test_what_is_missing_exits_1_and_says_where_it_was_looked_for(script, capsys, name, argv, said):
+    assert status(script, name, *argv) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_default_number_of_prompts_may_reach_past_the_end_of_a_short_split(script):
+    script("baseline_eval", "--start_index", 3, "--num_trials", 1)
+    (folder,) = run_folders(script)
+    assert [s["index"] for s in read_samples(folder)] == [3, 4]
+
+
+def test_a_prompts_answer_depends_on_its_index_and_not_on_the_range(script):
+    script("baseline_eval", "--start_index", 3, "--num_prompts", 1)
+    script("baseline_eval", "--num_prompts", 5)
+    part, whole = sorted(map(answers, run_folders(script)), key=len)
+    assert part == [a for a in whole if a["index"] == 3]
+
+
+def test_a_retrained_value_model_is_another_run(script):
+    import shutil
+
+    script("mavis", "--obj_weights", "1", "--beta", 1)
+    (script.workspace / "value_models").unlink()
+    low = script.workspace / "value_models" / "iter_0" / "low"
+    shutil.copytree(script.workspace / "base_model" / ".." / "value_models" / "iter_0" / "even", low)
+    script("mavis", "--obj_weights", "1", "--beta", 1)
+    assert len(run_folders(script)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ with fakes
+
+
+class Answer:
+    def __init__(self, token_ids, log_ratio=0.0):
+        self.token_ids, self.log_ratio, self.finished, self.reference_log_prob = token_ids, log_ratio, True, -1.0
+
+
+def test_the_best_candidate_is_chosen_within_its_own_answer():
+    candidates = [[Answer([1]), Answer([5])], [Answer([9]), Answer([2]), Answer([3])]]
+    rows = pick(
+        [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, str,
+        lambda prompts, texts: {"value": np.array([int(t[1:-1]) for t in texts], float), "other": np.array([p == "b" for p in prompts], float)},
+        {"value": 1.0}, 0.25, True, {"judge_value": lambda prompts, texts: [len(t) for t in texts]},
+    )  # fmt: skip
+    assert [r["response"] for r in rows] == ["[5]", "[9]"]
+    assert [r["rewards"] for r in rows] == [{"value": 5.0, "other": 0.0}, {"value": 9.0, "other": 1.0}]
+    assert [r["num_candidates"] for r in rows] == [2, 3] and rows[0]["extra"] == {"judge_value": 3.0}
+
+
+def test_a_policy_without_a_log_ratio_leaves_it_out():
+    (row,) = pick(
+        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, str, lambda p, t: {"r": np.zeros(1)}, {}, 0.0, True, {}
+    )
+    assert "log_ratio" not in row and json.dumps(row, allow_nan=False)
+
+
+def test_rows_are_written_chunk_by_chunk_with_a_key_per_answer(tmp_path):
+    spec = RunSpec("baseline_logs", "toy", "reference", ("r",), indices=(4, 6), num_trials=2)
+    seen = []
+
+    def generate(prompts, keys, on_completion):
+        seen.append(list(zip(map(tuple, prompts), keys, strict=True)))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return [[Answer([1, 1, 2])] for _ in keys]
+
+    options = dict(
+        generate=generate,
+        to_text=str,
+        score=lambda p, t: {"r": np.ones(len(t))},
+        weights={},
+        num_trials=2,
+        seed=9,
+        chunk=3,
+    )
+    with open_run(tmp_path, spec) as run, pytest.raises(KeyboardInterrupt):
+        evaluate(run, {4: "a", 6: "b"}, {4: [4], 6: [6]}, **options)
+    with open_run(tmp_path, spec) as run:
+        evaluate(run, {4: "a", 6: "b"}, {4: [4], 6: [6]}, **options)
+        run.finish()
+    assert seen[0] == [((4,), (9, 4, 0)), ((4,), (9, 4, 1)), ((6,), (9, 6, 0))]
+    assert seen[1] == seen[2] == [((6,), (9, 6, 1))]
+    assert read_samples(run.folder)[0]["distinct"] == pytest.approx(2 / 3)
+
+
+def test_distinct_ratio():
+    assert distinct_ratio([1, 1, 1, 2]) == 0.5 and distinct_ratio([]) == 1.0
