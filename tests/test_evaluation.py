@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from utils.evaluation import distinct_ratio, evaluate, pick
+from utils.evaluation import evaluate, pick
 from utils.runs import RunSpec, open_run, read_arguments, read_samples
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -73,7 +73,7 @@ def toy(tmp_path_factory):
         tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(base)
     torch.manual_seed(0)
-    shape = dict(vocab_size=len(WORDS) + 3, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    shape = {"vocab_size": len(WORDS) + 3, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     LlamaForCausalLM(
         LlamaConfig(
             **shape,
@@ -366,15 +366,15 @@ def test_rows_are_written_chunk_by_chunk_with_a_key_per_answer(tmp_path):
             raise KeyboardInterrupt
         return [[Answer([1, 1, 2])] for _ in keys]
 
-    options = dict(
-        generate=generate,
-        to_text=str,
-        score=lambda p, t: {"r": np.ones(len(t))},
-        weights={},
-        num_trials=2,
-        seed=9,
-        chunk=3,
-    )
+    options = {
+        "generate": generate,
+        "to_text": str,
+        "score": lambda p, t: {"r": np.ones(len(t))},
+        "weights": {},
+        "num_trials": 2,
+        "seed": 9,
+        "chunk": 3,
+    }
     with open_run(tmp_path, spec) as run, pytest.raises(KeyboardInterrupt):
         evaluate(run, {4: "a", 6: "b"}, {4: [4], 6: [6]}, **options)
     with open_run(tmp_path, spec) as run:
@@ -383,7 +383,3 @@ def test_rows_are_written_chunk_by_chunk_with_a_key_per_answer(tmp_path):
     assert seen[0] == [((4,), (9, 4, 0)), ((4,), (9, 4, 1)), ((6,), (9, 6, 0))]
     assert seen[1] == seen[2] == [((6,), (9, 6, 1))]
     assert read_samples(run.folder)[0]["distinct"] == pytest.approx(2 / 3)
-
-
-def test_distinct_ratio():
-    assert distinct_ratio([1, 1, 1, 2]) == 0.5 and distinct_ratio([]) == 1.0

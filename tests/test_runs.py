@@ -174,6 +174,14 @@ def test_the_log_ratio_is_a_column_only_where_it_was_tracked():
     assert "log_ratio" not in per_prompt(untracked)[0] and "log_ratio" not in summarize(untracked)
 
 
+def test_a_score_that_only_some_samples_have_is_no_column():
+    """A judge that was fitted while a run was interrupted."""
+    judged = sample(5, 0) | {"extra": {"judge_help": 1.0}}
+    assert "judge_help" in per_prompt([judged])[0] and "judge_help" in summarize([judged])
+    assert all("judge_help" not in row for row in per_prompt([sample(3, 0), judged]))
+    assert "judge_help" not in summarize([sample(3, 0), judged])
+
+
 def test_an_empty_answer_has_no_log_probability_per_token():
     empty = sample(3, 0) | {"tokens": 0, "reference_log_prob": 0.0}
     assert math.isnan(per_prompt([empty])[0]["reference_log_prob"])

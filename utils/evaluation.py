@@ -21,6 +21,7 @@ import numpy as np
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, parse_weights, progress, report_dry_run
 from utils.config import Config, DatasetSpec, nearest
+from utils.judge import distinct_ratio
 from utils.runs import Run, RunSpec, describe_weights, fingerprint, format_summary, open_run, read_arguments, summarize
 
 # (prompts as token ids, keys, on_completion) -> the candidates of each answer; there is one prompt and key per answer,
@@ -282,11 +283,6 @@ def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, 
     return rows
 
 
-def distinct_ratio(token_ids: Sequence[int]) -> float:
-    """Distinct tokens per token: a fluency measure that falls when an answer loops; 1 for an empty one."""
-    return len(set(token_ids)) / len(token_ids) if len(token_ids) else 1.0
-
-
 # ------------------------------------------------------------------------------------------------------ from the shell
 
 
@@ -488,7 +484,9 @@ def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[
 
 def judges(settings: Settings) -> dict[str, Callable]:
     """Independent judges of the data set's objectives, {judge_<objective>: scorer}, where the workspace has them."""
-    return {}
+    from utils.judge import load_judges
+
+    return load_judges(settings.config, settings.spec.objectives)
 
 
 def log_to_wandb(run: Run, figures) -> None:

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -115,11 +115,20 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
-def per_prompt(samples: Iterable[Mapping]) -> list[dict]:
+def columns_of(samples: Sequence[Mapping]) -> tuple[list[str], list[str], list[str]]:
+    """Names of the rewards, of the further scores and of the measures that every sample has."""
+    extra = [n for n in samples[0].get("extra", {}) if all(n in s.get("extra", {}) for s in samples)]
+    measures = [n for n in MEASURES if all(n in s for s in samples)]
+    return list(samples[0]["rewards"]), extra, measures
+
+
+def per_prompt(samples: Sequence[Mapping]) -> list[dict]:
     """Rows of rewards.csv: means over the trials of each prompt, in the order of prompts.
 
-    `log_ratio` is there only where every sample has it; `reference_log_prob` is per token.
+    A further score or a measure is a column only where every sample has it (log_ratio: where it was tracked).
+    `reference_log_prob` is per token; an empty answer has none and does not count.
     """
+    rewards, extra, measures = columns_of(samples)
     groups: dict[int, list[Mapping]] = {}
     for sample in samples:
         groups.setdefault(sample["index"], []).append(sample)
@@ -127,27 +136,19 @@ def per_prompt(samples: Iterable[Mapping]) -> list[dict]:
     for index in sorted(groups):
         group = groups[index]
         row = {"index": index}
-        for name in group[0]["rewards"]:
-            row[name] = float(np.mean([s["rewards"][name] for s in group]))
-        for name in group[0].get("extra", {}):
-            row[name] = float(np.mean([s["extra"][name] for s in group]))
-        for name in MEASURES:
-            if name == "reference_log_prob":
-                values = [per_token_log_prob(s) for s in group]
-            else:
-                values = [s.get(name) for s in group]
-            if name == "log_ratio" and any(v is None for v in values):
-                continue
-            known = [v for v in values if v is not None]  # an empty answer has no log-probability per token
+        row |= {name: float(np.mean([s["rewards"][name] for s in group])) for name in rewards}
+        row |= {name: float(np.mean([s["extra"][name] for s in group])) for name in extra}
+        for name in measures:
+            values = [per_token_log_prob(s) if name == "reference_log_prob" else s[name] for s in group]
+            known = [v for v in values if v is not None]
             row[name] = float(np.mean(known)) if known else math.nan
         rows.append(row)
     return rows
 
 
 def per_token_log_prob(sample: Mapping) -> float | None:
-    """The reference's log-probability of the answer per token; None where it is unknown or the answer is empty."""
-    total, tokens = sample.get("reference_log_prob"), sample["tokens"]
-    return None if total is None or tokens == 0 else total / tokens
+    """The reference's log-probability of the answer per token; None where the answer is empty."""
+    return sample["reference_log_prob"] / sample["tokens"] if sample["tokens"] else None
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,15 @@ def summarize(samples: Sequence[Mapping]) -> dict[str, Statistic]:
     """Every figure of summary.txt, from the lines of samples.jsonl alone."""
     rows = per_prompt(samples)
     trials = sorted({s["trial"] for s in samples})
+    rewards, extra, measures = columns_of(samples)
     figures = {}
-    names = list(samples[0]["rewards"]) + list(samples[0].get("extra", {}))
-    for name in names:
-        field_of = "rewards" if name in samples[0]["rewards"] else "extra"
-        by_trial = [np.mean([s[field_of][name] for s in samples if s["trial"] == t]) for t in trials]
-        spread = float(np.std(by_trial, ddof=1)) if len(trials) > 1 else math.nan
-        figures[name] = Statistic(*mean_and_error([r[name] for r in rows]), spread)
-    for name in MEASURES:
-        if name in rows[0]:
-            figures[name] = Statistic(*mean_and_error([r[name] for r in rows if not math.isnan(r[name])]))
+    for kind, names in (("rewards", rewards), ("extra", extra)):
+        for name in names:
+            by_trial = [np.mean([s[kind][name] for s in samples if s["trial"] == t]) for t in trials]
+            spread = float(np.std(by_trial, ddof=1)) if len(trials) > 1 else math.nan
+            figures[name] = Statistic(*mean_and_error([r[name] for r in rows]), spread)
+    for name in measures:
+        figures[name] = Statistic(*mean_and_error([r[name] for r in rows if not math.isnan(r[name])]))
     seconds = sum(s["seconds"] for s in samples)
     generated = sum(s["generated_tokens"] for s in samples)
     figures["seconds_per_prompt"] = Statistic(seconds / len(samples))
