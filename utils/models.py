@@ -273,11 +273,16 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
+def merge_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """The base with a LoRA adapter added into its weights, in eval mode."""
+    check_adapter_folder(Path(adapter), "adapter")
+    return _load_adapter(base, adapter).merge_and_unload().eval()
+
+
 def merged_causal_lm(path: str, adapter: str | Path, device: torch.device, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
     """A causal language model with a LoRA adapter merged into it."""
     base = load_causal_lm(path, torch.device("cpu"), torch.float32, vocab_size=vocab_size)
-    check_adapter_folder(Path(adapter), "adapter")
-    return _load_adapter(base, adapter).merge_and_unload().to(device, dtype).eval()
+    return merge_adapter(base, adapter).to(device, dtype)
 
 
 def resolved_config(path: str):
