@@ -1,0 +1,221 @@
+"""Train the value model of one objective on labelled trees (MAVIS, section 4).
+
+    python train_value_model.py --dataset anthropic --objective help --data_dir <labelled trees, split>
+    accelerate launch train_value_model.py ...      # data-parallel; a step has --batch_size nodes over all processes
+
+Reads <data_dir>/train and val. Makes <workspace>/value_models/iter_0/<objective>: a PEFT adapter, metrics.json and
+training_log.csv. The folder appears when it is complete; killed before, the same command goes on from its last
+evaluation. A complete one is reported and not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    group = parser.add_argument_group("what is learned from what")
+    group.add_argument("--dataset", default="anthropic", help="data set of the configuration (default: anthropic)")
+    group.add_argument("--objective", required=True, help="the objective whose values are learned, e.g. help")
+    group.add_argument("--data_dir", required=True, help="folder of labelled trees with train/ and val/")
+    group.add_argument("--init_checkpoint", help="value model to continue from, e.g. value_models/iter_0/help")
+    group.add_argument("--output_dir", help="default: <workspace>/value_models/iter_0/<objective>, or the iteration "
+                       "after --init_checkpoint's")  # fmt: skip
+    group.add_argument("--max_trees", type=int, help="train on the first N training trees only (default: all)")
+    group.add_argument("--rerun", action="store_true", help="train again and replace what is there")
+    group = parser.add_argument_group("targets")
+    group.add_argument("--KL_penalty", type=float, default=0.0,
+                       help="eta of the soft values: reward per nat of log-ratio (default: 0)")  # fmt: skip
+    group.add_argument("--log_ratio", choices=("future", "whole"), default="future",
+                       help="what a soft value pays for: the log-ratio from the node on, or the whole sequence's, as "
+                       "published (default: future)")  # fmt: skip
+    group.add_argument("--deepest_fraction", type=float, help="share of each tree's deepest nodes to train on")
+    group = parser.add_argument_group("training (defaults: the configuration's)")
+    group.add_argument("--num_epochs", type=int, help="passes over the training nodes")
+    group.add_argument("--batch_size", type=int, help="nodes per optimizer step, over all processes")
+    group.add_argument("--lr", type=float, help="Adafactor's highest learning rate")
+    group.add_argument("--weight_decay", type=float, help="decay per step, times the learning rate")
+    group.add_argument("--warmup_steps", type=int, help="steps in which the rate rises (at most half of all)")
+    group.add_argument("--no_warmup", action="store_true", help="no warm-up, as published for continued training")
+    group.add_argument("--packing", choices=("node", "tree"),
+                       help="read one path per node (published), or a tree's tokens once")  # fmt: skip
+    group.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None,
+                       help="bfloat16 matrix products where the device has them")  # fmt: skip
+    group.add_argument("--seed", type=int, help="of the adapter, the steps' order, dropout and the nodes' choice")
+    return parser
+
+
+def training_spec(args, dataset, objective):
+    """The configuration's hyperparameters with what the command line overrides."""
+    import dataclasses
+    import math
+
+    spec = dataset.training
+    if args.init_checkpoint and objective.deepest_fraction_continued is not None:
+        spec = dataclasses.replace(spec, deepest_fraction=objective.deepest_fraction_continued)
+    names = [f.name for f in dataclasses.fields(spec)]
+    spec = dataclasses.replace(spec, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+    if args.no_warmup:
+        if args.warmup_steps:
+            raise UsageError(f"--no_warmup and --warmup_steps {args.warmup_steps} exclude each other")
+        spec = dataclasses.replace(spec, warmup_steps=0)
+    for name, low, high in (
+        ("num_epochs", 1, None),
+        ("batch_size", 1, None),
+        ("warmup_steps", 0, None),
+        ("seed", 0, None),
+        ("weight_decay", 0, None),
+        ("deepest_fraction", 0, 1),
+    ):
+        value = getattr(spec, name)
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
+            raise UsageError(
+                f"--{name} must be at least {low}" + (f" and at most {high}" if high else "") + f", got {value}"
+            )
+    if not math.isfinite(spec.lr) or spec.lr <= 0:
+        raise UsageError(f"--lr must be a positive number, got {spec.lr}")
+    if not math.isfinite(args.KL_penalty) or args.KL_penalty < 0:
+        raise UsageError(f"--KL_penalty must be a finite number of at least 0, got {args.KL_penalty}")
+    if args.max_trees is not None and args.max_trees < 1:
+        raise UsageError(f"--max_trees must be at least 1, got {args.max_trees}")
+    return spec
+
+
+def output_folder(args, config, objective: str) -> Path:
+    """Where the value model goes: as given, else iteration 0's place, else the one after --init_checkpoint's."""
+    from utils.models import value_model_folder
+
+    if args.output_dir:
+        return Path(args.output_dir)
+    if not args.init_checkpoint:
+        return value_model_folder(config, None, 0, objective)
+    place = Path(args.init_checkpoint)
+    match = re.fullmatch(r"iter_(\d+)", place.parent.name)
+    if match is None or place.name != objective:
+        raise UsageError(f"--init_checkpoint {place} is not .../iter_<N>/{objective}, so --output_dir is needed")
+    return value_model_folder(config, None, int(match[1]) + 1, objective)
+
+
+def check_split(data_dir: Path, dataset: str) -> None:
+    """Raise a DataError unless the folder has trees in train/ and val/."""
+    if not data_dir.is_dir():
+        raise DataError(
+            f"--data_dir {data_dir} is no folder; collect trees with get_data_base.py, label and split them"
+        )
+    for split in ("train", "val"):
+        if not any((data_dir / split).glob("prompt*_tree.json")):
+            raise DataError(f"no trees in {data_dir / split}; make train/ and val/ with: "
+                            f"python split_data.py --dataset {dataset} --data_dir {data_dir}")  # fmt: skip
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    config = config_from(args)
+    dataset = config.dataset(args.dataset)
+    objective = config.objective(args.objective)
+    spec = training_spec(args, dataset, objective)
+    data_dir = Path(args.data_dir)
+    init = config.locate(args.init_checkpoint) if args.init_checkpoint else None
+
+    from utils.models import check_adapter_folder, reference_path
+
+    output = output_folder(args, config, objective.name)
+    reference, made_by = reference_path(config, dataset)
+    if args.dry_run:
+        value_base = config.locate(config.value_model.path)
+        rows = [("training trees", data_dir / "train", found(data_dir / "train", "split_data.py")),
+                ("validation trees", data_dir / "val", found(data_dir / "val", "split_data.py")),
+                ("tokenizer", reference, found(reference, made_by)),
+                ("value model's base", value_base, found(value_base, config.value_model.made_by))]  # fmt: skip
+        rows += [("continued from", init, found(init, "train_value_model.py"))] if init else []
+        report_dry_run([*rows, ("value model", output, "here" if output.exists() else "made by this command")])
+        return 0
+
+    check_split(data_dir, dataset.name)
+    if init:
+        check_adapter_folder(Path(init), "--init_checkpoint")
+
+    import dataclasses
+    import itertools
+
+    from accelerate import Accelerator
+
+    from utils import runs
+    from utils import value_training as vt
+    from utils.hdf5_utils import read_trees
+    from utils.models import load_tokenizer, new_value_model, pick_device, resolved_config, vocabulary_size
+
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
+    settings = {
+        "dataset": dataset.name, "objective": objective.name, "data_dir": str(data_dir.resolve()),
+        "init_checkpoint": str(Path(init).resolve()) if init else None, "KL_penalty": args.KL_penalty,
+        "log_ratio": args.log_ratio, "max_trees": args.max_trees,
+        "training": dataclasses.asdict(spec), "value_model": dataclasses.asdict(config.value_model),
+    }  # fmt: skip
+    record = {
+        "command": runs.command_line(), "commit": runs.git_commit(), "versions": runs.versions(),
+        "device": str(device), "processes": accelerator.num_processes, "configuration": config.as_dict(),
+    }  # fmt: skip
+    with accelerator.main_process_first():
+        folder = vt.open_output(output, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process)
+    if folder is None:
+        accelerator.print(f"{output} is complete (--rerun trains it again)")
+        return 0
+    accelerator.print(f"value model of {objective.name}: {folder} until it is complete, then {output}")
+
+    tokenizer = load_tokenizer(reference, made_by=made_by)
+    vocab_size = resolved_config(reference).get_text_config().vocab_size
+
+    def examples(split, choose, limit=None):
+        trees = itertools.islice(read_trees(data_dir, split), limit)
+        return vt.make_examples(trees, objective.name, choose, kl_penalty=args.KL_penalty, log_ratio=args.log_ratio,
+                                vocab_size=vocab_size, data_dir=data_dir)  # fmt: skip
+
+    training = examples("train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
+    validation = examples("val", vt.validation_nodes)
+    nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
+    accelerator.print(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
+    model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
+    assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
+
+    if spec.bf16 and not vt.bf16_is_fast(device):
+        spec = dataclasses.replace(spec, bf16=False)
+        accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
+    wandb = None
+    if args.wandb and accelerator.is_main_process:
+        import wandb as wandb_package
+
+        wandb = wandb_package.init(
+            project="mavis", name=f"value_{output.parent.name}_{objective.name}", config=settings
+        )
+    metrics = vt.train(
+        model, training, validation, spec, folder, accelerator=accelerator, device=device, say=accelerator.print,
+        log=lambda row: wandb.log({k: float(v) for k, v in row.items() if v != ""}) if wandb else None,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        vt.save_adapter(model, folder, {"objective": objective.name, "label": config.label, **metrics})
+        vt.publish(folder, output)
+    if wandb:
+        wandb.summary.update(vt.plain_json(metrics["validation"]))
+        wandb.finish()
+    fit = metrics["validation"]
+    accelerator.print(
+        f"{output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "
+        f"within a prompt {fit['explained_variance_within_prompt']:.3f} (correlation "
+        f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
