@@ -257,6 +257,28 @@ def load_sequence_classifier(
     return model.to(device).eval(), tokenizer
 
 
+def new_sequence_classifier(
+    path: str,
+    device: torch.device,
+    *,
+    num_layers: int | None = None,
+    special_tokens: dict[str, str] | None = None,
+    seed: int = 0,
+    made_by: str = "",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model's first layers with a fresh scalar head, ready to train in float32, and its tokenizer."""
+    tokenizer = load_tokenizer(path, special_tokens, made_by)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _load(
+            AutoModelForSequenceClassification, path, "base model", made_by, dtype=torch.float32, num_labels=1, **_layers(num_layers)
+        )
+        if model.get_input_embeddings().num_embeddings < len(tokenizer):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device), tokenizer
+
+
 def load_encoder(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sentence encoder (headless) and its tokenizer."""
     return _load(AutoModel, path, "encoder", dtype=dtype).to(device).eval(), load_tokenizer(path)

