@@ -70,6 +70,11 @@ def source_files(source: SourceSpec, config: Config) -> list[Path]:
     raise DataError(f"no data file {', '.join(missing)} in {_roots(config)}; {hint}")
 
 
+def local_files(source: SourceSpec, config: Config, data_files: Sequence[str | os.PathLike] = ()) -> list[Path]:
+    """The files that `iter_rows` would read: the command line's, else the source's; [] stands for the Hub."""
+    return [given_file(name, config) for name in data_files] or source_files(source, config)
+
+
 def iter_rows(source: SourceSpec, config: Config, data_files: Sequence[str | os.PathLike] = ()) -> Iterator[dict]:
     """Rows of text from `data_files` if given, else from the source's local files if they exist, else from the Hub.
 
@@ -78,7 +83,7 @@ def iter_rows(source: SourceSpec, config: Config, data_files: Sequence[str | os.
     Raises:
         DataError: a file is missing or damaged (the line is named), or the Hub cannot give the data set.
     """
-    files = [given_file(name, config) for name in data_files] or source_files(source, config)
+    files = local_files(source, config, data_files)
     if files:
         for file in files:
             yield from read_rows(file, source.split)
@@ -90,7 +95,7 @@ def iter_rows(source: SourceSpec, config: Config, data_files: Sequence[str | os.
 
 def describe_source(source: SourceSpec, config: Config, data_files: Sequence[str | os.PathLike] = ()) -> str:
     """Where `iter_rows` would read from, for reports."""
-    files = [given_file(name, config) for name in data_files] or source_files(source, config)
+    files = local_files(source, config, data_files)
     if files:
         return ", ".join(str(file) for file in files)
     parts = [source.hub, source.hub_config or source.hub_data_dir or "", source.split]
