@@ -329,7 +329,7 @@ def test_a_retrained_value_model_is_another_run(script):
     assert len(run_folders(script)) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------ with fakes
+# ---------------------------------------------------------------------------------------------------------- with fakes
 
 
 class Answer:
@@ -341,7 +341,7 @@ def test_the_best_candidate_is_chosen_within_its_own_answer():
     candidates = [[Answer([1]), Answer([5])], [Answer([9]), Answer([2]), Answer([3])]]
     rows = pick(
         [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, str,
-        lambda prompts, texts: {"value": np.array([int(t[1:-1]) for t in texts], float), "other": np.array([p == "b" for p in prompts], float)},
+        lambda prompts, texts: {"value": [float(t[1:-1]) for t in texts], "other": [float(p == "b") for p in prompts]},
         {"value": 1.0}, 0.25, True, {"judge_value": lambda prompts, texts: [len(t) for t in texts]},
     )  # fmt: skip
     assert [r["response"] for r in rows] == ["[5]", "[9]"]

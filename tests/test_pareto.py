@@ -125,10 +125,11 @@ def test_a_reward_at_equal_kl_is_read_between_runs_and_never_beyond_them():
 
 def test_plots_are_png_files_and_take_points_without_intervals(tmp_path):
     series = {
-        "a": [PlotPoint(0, 1, (-1, 1), (0, 2), "1/0", "1"), PlotPoint(1, 0, text="0/1", line="2")],
+        "a": [PlotPoint(0, 1, (-1, 1), (0, 2), "1/0"), PlotPoint(1, 0, text="0/1")],
         "b": [PlotPoint(0, 0)],
     }
     plot_front(tmp_path / "f.png", series, PlotPoint(0.5, 0.5), labels=("help", "harm"), title="t")
-    plot_curves(tmp_path / "c.png", {"help": (series, PlotPoint(0, 0)), "harm": (series, None)}, title="t")
+    panels = {"help": {"1/0": (series, PlotPoint(0, 0))}, "harm": {"1/0": (series, None), "0/1": ({}, None)}}
+    plot_curves(tmp_path / "c.png", panels, x_label="KL", title="t")
     for name in ("f.png", "c.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -47,8 +47,12 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     task.add_argument("--num_prompts", type=int, help="number of prompts (default: the configuration's)")
     task.add_argument("--start_index", type=int, default=0, help="index of the first prompt (default: 0)")
     task.add_argument("--num_trials", type=int, help="answers per prompt (default: the configuration's)")
-    task.add_argument("--prompt", action="append", metavar="TEXT",
-                      help="answer this text of yours (- reads it from standard input) and write no run folder; may be repeated")  # fmt: skip
+    task.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="answer this text of yours (- reads it from standard input) and write no run folder; may be repeated",
+    )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--topk", type=int, help="candidates kept per step (default: the configuration's)")
     decoding.add_argument(
@@ -58,8 +62,12 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     decoding.add_argument("--seed", type=int, help="seed of the sampling (default: the configuration's)")
     decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
     record = parser.add_argument_group("record")
-    record.add_argument("--track_KL", action=BooleanOptionalAction, default=True,
-                        help="write each answer's log-ratio to the reference, whose mean estimates the KL (default: on)")  # fmt: skip
+    record.add_argument(
+        "--track_KL",
+        action=BooleanOptionalAction,
+        default=True,
+        help="write each answer's log-ratio to the reference, whose mean estimates the KL (default: on)",
+    )
     record.add_argument("--rerun", action="store_true", help="start anew where the same run is already complete")
     add_common(parser)
 

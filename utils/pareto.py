@@ -173,21 +173,20 @@ class PlotPoint:
     x_interval: tuple[float, float] = (math.nan, math.nan)
     y_interval: tuple[float, float] = (math.nan, math.nan)
     text: str = ""
-    line: str = ""  # points of a series with the same `line` are joined (plot_curves)
 
 
-def _figure(width: float, height: float, columns: int = 1):
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, np.atleast_1d(figure.subplots(1, columns))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)  # axes (rows, columns)
 
 
-def _style(axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label, fontsize=11)
-    axes.set_ylabel(y_label, fontsize=11)
+def _style(axes, x_label: str, y_label: str, size: float = 11) -> None:
+    axes.set_xlabel(x_label, fontsize=size)
+    axes.set_ylabel(y_label, fontsize=size)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -227,10 +226,11 @@ def _place_texts(figure, axes, texts: Sequence[tuple[float, float, str, str]]) -
                       zorder=5)  # fmt: skip
 
 
-def _legend(figure, axes, entries: int) -> None:
+def _legend(figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # below the axes, so that it never covers data
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, entries), fontsize=9, frameon=False)
+        columns = min(len(handles), max(2, int(figure.get_figwidth() / 2.4)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def plot_front(
@@ -245,8 +245,8 @@ def plot_front(
 
     Points that another point of their series dominates are hollow.
     """
-    figure, (axes,) = _figure(7.4, 6.4)
-    texts = []
+    figure, grid = _figure(7.4, 6.4)
+    axes, texts = grid[0, 0], []
     for (name, points), color, marker in zip(series.items(), _cycle(COLORS), _cycle(MARKERS), strict=False):
         front = pareto_front([(p.x, p.y) for p in points])
         line = sorted((p.x, p.y) for p, on in zip(points, front, strict=True) if on)
@@ -265,46 +265,54 @@ def plot_front(
         texts.append((reference.x, reference.y, "", "black"))
     _style(axes, f"{labels[0]} (mean reward)", f"{labels[1]} (mean reward)")
     axes.set_title(title, fontsize=11)
-    _legend(figure, axes, len(series) + 1)
+    _legend(figure, axes)
     _place_texts(figure, axes, texts)
     figure.savefig(file)
 
 
 def plot_curves(
     file: str | Path,
-    panels: Mapping[str, tuple[Mapping[str, Sequence[PlotPoint]], PlotPoint | None]],
+    panels: Mapping[str, Mapping[str, tuple[Mapping[str, Sequence[PlotPoint]], PlotPoint | None]]],
     *,
+    x_label: str,
     title: str,
 ) -> None:
-    """Reward against KL, one panel per objective: {objective: (series, reference)}.
+    """A grid of curves, {row: {column: (series, reference)}}; each series is joined from the reference on, by rising x.
 
-    Points of a series that share their weights are joined, from the reference on, by rising KL.
+    All panels share the x axis and those of a row the y axis, so that they can be compared.
     """
-    figure, all_axes = _figure(max(6.4, 5.6 * len(panels)), 5.4, len(panels))
-    for axes, (objective, (series, reference)) in zip(all_axes, panels.items(), strict=True):
-        texts = []
-        for (name, points), color, marker in zip(series.items(), _cycle(COLORS), _cycle(MARKERS), strict=False):
-            for line in dict.fromkeys(p.line for p in points):
-                joined = sorted(
-                    [(p.x, p.y) for p in points if p.line == line] + ([(reference.x, reference.y)] if reference else [])
-                )
-                axes.plot(*zip(*joined, strict=True), color=color, linewidth=1.0, alpha=0.5, zorder=3)
-            for point in points:
-                _cross(axes, point, color)
-                axes.plot(point.x, point.y, marker, color=color, markersize=6, zorder=4)
-                texts.append((point.x, point.y, point.text, color))
-            axes.plot([], [], marker=marker, color=color, markersize=6, label=name)
-        if reference is not None:
-            _cross(axes, reference, "black")
-            axes.plot(reference.x, reference.y, "*", color="black", markersize=12, zorder=4)
-            axes.plot([], [], "*", color="black", markersize=11, label="reference")
-            texts.append((reference.x, reference.y, "", "black"))
-        _style(axes, "KL to the reference (nats per answer)", f"{objective} (mean reward)")
-        axes.pending_texts = texts
+    rows = list(panels)
+    columns = list(dict.fromkeys(c for row in panels.values() for c in row))
+    size = (max(6.0, 2.3 * len(columns) + 1.0), 2.3 * len(rows) + 1.4)
+    figure, grid = _figure(*size, len(rows), len(columns), sharex=True, sharey="row")
+    looks: dict[str, tuple[str, str]] = {}
+    for row, name in enumerate(rows):
+        for column, weights in enumerate(columns):
+            axes = grid[row, column]
+            series, reference = panels[name].get(weights, ({}, None))
+            for label, points in series.items():
+                n = len(looks)
+                color, marker = looks.setdefault(label, (COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]))
+                joined = sorted((p.x, p.y) for p in [*points, *([reference] if reference else [])])
+                axes.plot(*zip(*joined, strict=True), color=color, linewidth=1.2, alpha=0.7, zorder=3)
+                for point in points:
+                    _cross(axes, point, color)
+                    axes.plot(point.x, point.y, marker, color=color, markersize=5, zorder=4)
+                    place = {"xytext": (4, -9), "textcoords": "offset points"}
+                    axes.annotate(point.text, (point.x, point.y), **place, fontsize=6, color=color)
+            if reference is not None:
+                _cross(axes, reference, "black")
+                axes.plot(reference.x, reference.y, "*", color="black", markersize=9, zorder=4)
+            _style(axes, x_label if row == len(rows) - 1 else "", name if column == 0 else "", size=9)
+            axes.tick_params(labelsize=8)
+            if row == 0:
+                axes.set_title(weights, fontsize=9)
+    for label, (color, marker) in looks.items():
+        grid[0, 0].plot([], [], marker=marker, color=color, markersize=5, label=label)
+    if any(reference is not None for row in panels.values() for _, reference in row.values()):
+        grid[0, 0].plot([], [], "*", color="black", markersize=9, label="reference")
     figure.suptitle(title, fontsize=11)
-    _legend(figure, all_axes[0], len(next(iter(panels.values()))[0]) + 1)
-    for axes in all_axes:
-        _place_texts(figure, axes, axes.pending_texts)
+    _legend(figure, grid[0, 0])
     figure.savefig(file)
 
 
