@@ -206,7 +206,7 @@ class Config:
     objectives: dict[str, ObjectiveSpec]
     decoding: DecodingSpec = DecodingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    cpu_dtype: str = "float32"
+    cpu_dtype: str = "float32"  # of frozen models; "auto": bfloat16 where the hardware has it
     gpu_dtype: str = "bfloat16"
     label: str = ""  # printed in reports, so that a small world's results are not taken for another's
 
@@ -373,4 +373,4 @@ def _check(config: Config) -> None:
             choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
     choice(config.decoding.normalization, ("minmax", "none", "zscore"), "decoding.normalization")
     for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):
-        choice(dtype, ("float32", "float64", "bfloat16", "float16"), where)
+        choice(dtype, ("auto", "float32", "float64", "bfloat16", "float16"), where)

@@ -40,8 +40,21 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The configuration's precision on that kind of device."""
-    return getattr(torch, config.cpu_dtype if device.type == "cpu" else config.gpu_dtype)
+    """The configuration's precision on that kind of device; `auto` is bfloat16 where the hardware has it."""
+    name = config.cpu_dtype if device.type == "cpu" else config.gpu_dtype
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 natively (a CPU without the instructions is slower in it, not faster)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # private names, absent in other releases
+        return False
 
 
 def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
