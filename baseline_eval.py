@@ -2,7 +2,7 @@
 
     python baseline_eval.py --dataset anthropic                                              # the reference itself
     python baseline_eval.py --dataset anthropic --num_samples 16 --obj_weights 0.5,0.5       # best of 16 samples
-    python baseline_eval.py --dataset anthropic --token_table DIR --beta 4 --obj_weights 0.5,0.5    # the control
+    python baseline_eval.py --dataset anthropic --token_table --beta 4 --obj_weights 0.5,0.5      # the control
 
 The reference takes no weights. Best of N ranks the samples of each answer by their weighted reward. A token table is
 the context-free control: a value for each token whatever came before it, with the same tilt (fit_token_table.py makes
@@ -24,7 +24,13 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     group = parser.add_argument_group("baseline (none of these: the reference)")
     group.add_argument("--num_samples", type=int, default=1, help="best of N: samples per answer (default: 1)")
-    group.add_argument("--token_table", metavar="DIR", help="folder of <objective>.safetensors, tables of token values")
+    group.add_argument(
+        "--token_table",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="steer by tables of token values, DIR/<objective>.safetensors (without DIR: the workspace's token_tables)",
+    )
     group.add_argument("--beta", type=float, help="strength of the token table's tilt, at least 0")
     add_evaluation_arguments(parser)
     return parser
@@ -52,16 +58,20 @@ def _reference(args: Namespace):
     return build
 
 
+def _token_table_dir(settings: Settings, args: Namespace) -> str:
+    return args.token_table or str(settings.config.default_path("token_tables"))
+
+
 def _token_table(args: Namespace):
     def build(settings, reference, tokenizer, device):
-        from utils.token_table import load_token_table
-
+        from utils.models import vocabulary_size
         from utils.policies import TokenTablePolicy
+        from utils.token_table import load_token_tables
 
-        tables = {name: load_token_table(f"{args.token_table}/{name}.safetensors") for name in settings.weights}
+        folder = _token_table_dir(settings, args)
         return TokenTablePolicy(
             reference,
-            tables,
+            load_token_tables(folder, list(settings.weights), vocabulary_size(reference)),
             settings.weights,
             beta=args.beta,
             top_k=settings.top_k,
@@ -72,24 +82,27 @@ def _token_table(args: Namespace):
     return build
 
 
+def _token_table_series(settings: Settings, args: Namespace) -> dict:
+    return {
+        "beta": args.beta,
+        "token_table": args.token_table or "token_tables",
+        "normalization": settings.config.decoding.normalization,
+    }
+
+
 def _token_table_files(settings: Settings, args: Namespace) -> dict:
-    made_by = f"python fit_token_table.py --config {settings.config.path} --dataset {settings.spec.name}"
-    return {f"token table of {n}": (f"{args.token_table}/{n}.safetensors", made_by) for n in settings.weights}
+    folder = _token_table_dir(settings, args)
+    common = f"--config {settings.config.path} --dataset {settings.spec.name} --output_dir {folder}"
+    return {
+        f"token table of {n}": (f"{folder}/{n}.safetensors", f"python fit_token_table.py <labelled trees> {n} {common}")
+        for n in settings.weights
+    }
 
 
 # A new baseline is one entry here and its flag above; the key is the flag's name, the first entry is the default.
 BASELINES = {
     "reference": Baseline(_reference),
-    "token_table": Baseline(
-        _token_table,
-        series=lambda settings, args: {
-            "beta": args.beta,
-            "token_table": args.token_table,
-            "normalization": settings.config.decoding.normalization,
-        },
-        checkpoints=_token_table_files,
-        needs=("beta", "obj_weights"),
-    ),
+    "token_table": Baseline(_token_table, _token_table_series, _token_table_files, needs=("beta", "obj_weights")),
 }
 
 
@@ -99,7 +112,7 @@ def method_of(settings: Settings, args: Namespace) -> Method:
     Raises:
         UsageError: flags that do not go together.
     """
-    named = [name for name in BASELINES if name != "reference" and getattr(args, name)]
+    named = [name for name in BASELINES if name != "reference" and getattr(args, name) is not None]
     if len(named) > 1:
         raise UsageError(f"--{' and --'.join(named)} name two baselines; give one")
     name = named[0] if named else "reference"

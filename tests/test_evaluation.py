@@ -221,6 +221,25 @@ def test_best_of_n_reports_the_sample_with_the_highest_weighted_reward(script):
     assert "KL                      <= " in (best / "summary.txt").read_text()
 
 
+def test_a_token_table_steers_towards_its_tokens_alone_and_as_best_of_n(script):
+    from utils.token_table import save_token_table
+
+    tables = script.workspace / "token_tables"
+    save_token_table(tables / "low.safetensors", np.array([0.0] * 3 + [1.0] * 20 + [0.0] * 20))  # w0 to w19
+    weights = ("--obj_weights", "1", "--num_trials", 4)
+    script("baseline_eval", "--token_table", "--beta", 6, *weights)
+    script("baseline_eval", "--token_table", tables, "--beta", 6, "--num_samples", 2, *weights)
+    script("baseline_eval", "--num_trials", 4)
+    low, kl = {}, {}
+    for folder in run_folders(script):
+        method, samples = read_arguments(folder)["method"], read_samples(folder)
+        low[method] = np.mean([s["rewards"]["low"] for s in samples])
+        kl[method] = np.mean([s["log_ratio"] for s in samples])
+    assert set(low) == {"token_table", "token_table_best_of_n", "reference"}
+    assert low["token_table_best_of_n"] >= low["token_table"] > low["reference"] + 0.2  # e^6 to one, against even odds
+    assert kl["token_table"] > kl["reference"] > 0  # the top-k cut alone costs something
+
+
 def test_the_log_ratio_is_left_out_where_it_is_not_tracked(script):
     script("baseline_eval", "--no-track_KL")
     (folder,) = run_folders(script)
@@ -295,6 +314,7 @@ def test_baselines_refuse_flags_that_do_not_go_together(script, capsys, argv, sa
         ),
         ("mavis", ["--obj_weights", ",,1", "--beta", "1"], "iter_0/length"),
         ("baseline_eval", ["--token_table", "nowhere", "--beta", "1", "--obj_weights", "1"], "fit_token_table.py"),
+        ("baseline_eval", ["--token_table", "--beta", "1", "--obj_weights", "1"], "token_tables/low.safetensors"),
         ("baseline_eval", ["--num_prompts", "6"], "has 5 prompts"),
         ("baseline_eval", ["--start_index", "5"], "has 5 prompts"),
         ("baseline_eval", ["--max_new_tokens", "40"], "leaves no room"),
@@ -327,6 +347,38 @@ def test_a_retrained_value_model_is_another_run(script):
     shutil.copytree(script.workspace / "base_model" / ".." / "value_models" / "iter_0" / "even", low)
     script("mavis", "--obj_weights", "1", "--beta", 1)
     assert len(run_folders(script)) == 2
+
+
+def test_a_judge_of_the_workspace_is_a_further_column(script):
+    from utils.judge import Judge, judge_path
+
+    config = type("Config", (), {"default_path": lambda self, *parts: script.workspace.joinpath(*parts)})()
+    Judge(("w1", "w2"), np.array([1.0, -1.0]), 0.5).save(judge_path(config, "even"))
+    script("baseline_eval", "--num_prompts", 2)
+    (folder,) = run_folders(script)
+    assert (folder / "rewards.csv").read_text().startswith("index,low,even,length,judge_even,log_ratio")
+    assert "judge_even" in (folder / "summary.txt").read_text()
+    assert all(list(s["extra"]) == ["judge_even"] for s in read_samples(folder))
+
+
+def test_the_report_reads_what_the_scripts_wrote(script, capsys):
+    import pareto_report
+
+    for weights in ("1,0", "0.5,0.5", "0,1"):
+        script("mavis", "--obj_weights", weights, "--beta", 2)
+    script("baseline_eval")
+    script("baseline_eval", "--num_samples", 4, "--obj_weights", "0.5,0.5")
+    capsys.readouterr()
+    output = script.workspace / "report"
+    assert pareto_report.main([str(script.workspace), "--output_dir", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "toy: low and even  [toy]" in printed and "mavis, beta 2: " in printed and "(3 points)" in printed
+    assert sorted(f.name for f in output.iterdir()) == [
+        "report.json",
+        "report.md",
+        "toy_low_even_front.png",
+        "toy_low_even_kl.png",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- with fakes

@@ -586,8 +586,8 @@ class SectionReport:
         parts.append(
             "Mean rewards with 95 % bootstrap intervals over prompts. KL is the mean log-ratio of an answer to the "
             "reference's full softmax, with its standard error; seconds are decoding alone, per answer, in batches; "
-            "log p_ref is the reference's log-probability per token. The intervals hold each run's own uncertainty over "
-            "prompts; runs on the same prompts are compared by the paired differences below.\n"
+            "log p_ref is the reference's log-probability per token. The intervals are each run's alone; runs on "
+            "the same prompts are compared by the paired differences below.\n"
         )
         parts.append(markdown_table(main_table(self.section, self.rows)))
         if self.hypervolume["series"]:
