@@ -205,9 +205,9 @@ def _csv_rows(path: Path) -> Iterator[dict]:
                     raise DataError(f"{path}, line {reader.line_num}: more than the {columns} cells of the first line")
                 yield row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num if reader else 0}: not CSV ({_damage(error)})") from None
+        raise DataError(f"{path}, line {reader.reader.line_num if reader else 0}: not CSV ({_damage(error)})") from None
     except READ_ERRORS as error:
-        raise DataError(f"{path}, after line {reader.line_num if reader else 0}: {_damage(error)}") from None
+        raise DataError(f"{path}, after line {reader.reader.line_num if reader else 0}: {_damage(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:

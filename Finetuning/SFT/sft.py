@@ -228,14 +228,14 @@ def is_complete(folder: Path, settings: dict, rerun: bool) -> bool:
 
 
 def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
-    """Make the folder of the checkpoints, or check that the one that is there belongs to these settings."""
+    """Make the folder of the checkpoints, or check that those that are there belong to these settings."""
     from utils.runs import write_atomically
 
     if folder.exists():
         different = differences(folder / SETTINGS, settings)
-        if different and not rerun:
+        if different and last_checkpoint(folder) and not rerun:
             raise DataError(f"{folder} is of other settings ({different}); go on with those, or --rerun to start over")
-        if rerun:
+        if different or rerun:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
@@ -288,7 +288,7 @@ def trainer_arguments(args: Namespace, spec: SFTSpec, checkpoints: Path, device)
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         max_steps=spec.max_steps,
         bf16=bf16,
-        gradient_checkpointing=checkpointing,
+        activation_checkpointing=checkpointing,
         seed=spec.seed,
         data_seed=spec.seed,
         save_strategy="steps",
