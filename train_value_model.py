@@ -1,11 +1,12 @@
 """Train the value model of one objective on labelled trees (MAVIS, section 4).
 
-    python train_value_model.py --dataset anthropic --objective help --data_dir <labelled trees, split>
+    python train_value_model.py --dataset anthropic --objective help
     accelerate launch train_value_model.py ...      # data-parallel; a step has --batch_size nodes over all processes
 
-Reads <data_dir>/train and val. Makes <workspace>/value_models/iter_0/<objective>: a PEFT adapter, metrics.json and
-training_log.csv. The folder appears when it is complete; killed before, the same command goes on from its last
-evaluation. A complete one is reported and not trained again.
+Reads what split_data.py made, <workspace>/data_for_training/<dataset>/iter_0. Makes
+<workspace>/value_models/iter_0/<objective>: a PEFT adapter, metrics.json and training_log.csv. The folder appears when
+it is complete; killed before, the same command goes on from its last evaluation. A complete one is reported and not
+trained again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
+from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what is learned from what")
     group.add_argument("--dataset", default="anthropic", help="data set of the configuration (default: anthropic)")
     group.add_argument("--objective", required=True, help="the objective whose values are learned, e.g. help")
-    group.add_argument("--data_dir", required=True, help="folder of labelled trees with train/ and val/")
+    group.add_argument("--data_dir", help="labelled trees in train/ and val/ (default: <workspace>/data_for_training/"
+                       "<dataset>/iter_0, or the iteration after --init_checkpoint's)")  # fmt: skip
     group.add_argument("--init_checkpoint", help="value model to continue from, e.g. value_models/iter_0/help")
     group.add_argument("--output_dir", help="default: <workspace>/value_models/iter_0/<objective>, or the iteration "
                        "after --init_checkpoint's")  # fmt: skip
@@ -90,45 +92,49 @@ def training_spec(args, dataset, objective):
     return spec
 
 
-def output_folder(args, config, objective: str) -> Path:
-    """Where the value model goes: as given, else iteration 0's place, else the one after --init_checkpoint's."""
-    from utils.models import value_model_folder
-
-    if args.output_dir:
-        return Path(args.output_dir)
+def iteration_of(args, objective: str) -> int | None:
+    """The iteration that is trained: 0, or the one after --init_checkpoint's; None where its name does not say."""
     if not args.init_checkpoint:
-        return value_model_folder(config, None, 0, objective)
+        return 0
     place = Path(args.init_checkpoint)
     match = re.fullmatch(r"iter_(\d+)", place.parent.name)
-    if match is None or place.name != objective:
-        raise UsageError(f"--init_checkpoint {place} is not .../iter_<N>/{objective}, so --output_dir is needed")
-    return value_model_folder(config, None, int(match[1]) + 1, objective)
+    return int(match[1]) + 1 if match and place.name == objective else None
 
 
 def check_split(data_dir: Path, dataset: str) -> None:
     """Raise a DataError unless the folder has trees in train/ and val/."""
     if not data_dir.is_dir():
         raise DataError(
-            f"--data_dir {data_dir} is no folder; collect trees with get_data_base.py, label and split them"
+            f"no folder {data_dir}; make it with get_data_base.py, label_tree.py and "
+            f"python split_data.py <trees> --dataset {dataset} --output_dir {data_dir}"
         )
     for split in ("train", "val"):
         if not any((data_dir / split).glob("prompt*_tree.json")):
-            raise DataError(f"no trees in {data_dir / split}; make train/ and val/ with: "
-                            f"python split_data.py --dataset {dataset} --data_dir {data_dir}")  # fmt: skip
+            raise DataError(f"no trees in {data_dir / split}; make train/ and val/ of labelled trees with: "
+                            f"python split_data.py <trees> --dataset {dataset} --output_dir {data_dir}")  # fmt: skip
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
     dataset = config.dataset(args.dataset)
+    if len(objectives_of(dataset, args.objective)) > 1:
+        raise UsageError(
+            f"--objective {args.objective}: one objective at a time; valid: {', '.join(dataset.objectives)}"
+        )
     objective = config.objective(args.objective)
     spec = training_spec(args, dataset, objective)
-    data_dir = Path(args.data_dir)
+    iteration = iteration_of(args, objective.name)
+    for name in ("data_dir", "output_dir"):
+        if iteration is None and getattr(args, name) is None:
+            place = f"--init_checkpoint {args.init_checkpoint} is not .../iter_<N>/{objective.name}"
+            raise UsageError(f"{place}, so --{name} is needed")
+    data_dir = Path(args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}"))
     init = config.locate(args.init_checkpoint) if args.init_checkpoint else None
 
-    from utils.models import check_adapter_folder, reference_path
+    from utils.models import check_adapter_folder, reference_path, value_model_folder
 
-    output = output_folder(args, config, objective.name)
+    output = Path(args.output_dir) if args.output_dir else value_model_folder(config, None, iteration, objective.name)
     reference, made_by = reference_path(config, dataset)
     if args.dry_run:
         value_base = config.locate(config.value_model.path)
@@ -212,7 +218,8 @@ def main(argv=None) -> int:
     accelerator.print(
         f"{output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "
         f"within a prompt {fit['explained_variance_within_prompt']:.3f} (correlation "
-        f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s"
+        f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, "
+        f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
     return 0
 

@@ -189,7 +189,7 @@ def make_examples(
             found = ", ".join(sorted(tree.values)) or "none"
             raise DataError(
                 f"{name} has no values of {objective!r} (found: {found}); label the trees first: "
-                f"python label_tree.py --data_dir {data_dir} --objective {objective}"
+                f"python label_tree.py {data_dir} {objective}"
             )
         targets = node_targets(tree, objective, kl_penalty, log_ratio)
         if not np.isfinite(targets).all():
