@@ -234,17 +234,12 @@ def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[J
 
 
 def _trace(step: Step, choice: Tensor, jobs, traces) -> None:
+    """Copies, since the policy writes over its rows' candidates when it loads new texts."""
+    columns = {name: tensor if tensor is None else tensor.to("cpu", copy=True) for name, tensor in vars(step).items()}
     for r, job in enumerate(jobs):
         if job is not None and len(traces[r]) < job.budget:
-            traces[r].append(
-                {
-                    "token_ids": step.token_ids[r].cpu(),
-                    "p_ref": step.p_ref[r].cpu(),
-                    "values": None if step.values is None else step.values[r].cpu(),
-                    "p_tilt": step.p_tilt[r].cpu(),
-                    "chosen": int(choice[r]),
-                }
-            )
+            row = {name: None if tensor is None else tensor[r] for name, tensor in columns.items()}
+            traces[r].append({**row, "chosen": int(choice[r])})
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:

@@ -130,9 +130,9 @@ def _rewrite(target: Path, parts: dict[int, Path]) -> None:
             for index in sorted({int(name[6:]) for name in old} | set(parts)):
                 if index in parts:
                     offsets, flat = _read_part(parts[index])
-                    _store(out, index, flat, offsets)
-                else:
-                    old.copy(f"prompt{index}", out)
+                else:  # written anew, not copied: the file's bytes then do not tell how often it was interrupted
+                    offsets, flat = old[f"prompt{index}/offsets"][:], old[f"prompt{index}/tokens"][:]
+                _store(out, index, flat, offsets)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -402,7 +402,7 @@ class MixturePolicy(_Policy):
     follows_reference = False
 
     def __init__(self, models, weights, *, top_k: int = 15, temperature: float = 1.0):
-        names, models, weights = _aligned(models, weights, "model")
+        models, weights = _aligned(models, weights, "model")
         super().__init__(models, weights, top_k=top_k, temperature=temperature)
 
 
@@ -456,7 +456,7 @@ class MavisPolicy(_TiltedPolicy):
         normalization: str = "minmax",
         clip: float | None = tilting.CLIP,
     ):
-        names, models, weights = _aligned(value_models, weights, "value model")
+        models, weights = _aligned(value_models, weights, "value model")
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
@@ -493,7 +493,7 @@ class TokenTablePolicy(_TiltedPolicy):
         normalization: str = "minmax",
         clip: float | None = tilting.CLIP,
     ):
-        names, tables, weights = _aligned(tables, weights, "token table")
+        tables, weights = _aligned(tables, weights, "token table")
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
@@ -504,13 +504,13 @@ class TokenTablePolicy(_TiltedPolicy):
         return self.tables[:, self.token_ids]  # (M, B, k)
 
 
-def _aligned(things, weights, what: str) -> tuple[list[str], list, list[float]]:
-    """Names, things and weights of the objectives whose weight is not 0, in one order."""
+def _aligned(things, weights, what: str) -> tuple[list, list[float]]:
+    """Things and weights of the objectives whose weight is not 0, in one order."""
     if isinstance(weights, Mapping):
         missing = [name for name, w in weights.items() if w != 0 and name not in things]
         if missing:
             raise ValueError(f"no {what} for {', '.join(missing)}, which has a weight; given: {', '.join(map(str, things)) or 'none'}")
-        pairs = [(name, things[name], w) for name, w in weights.items()]
+        pairs = [(name, things[name] if w else None, w) for name, w in weights.items()]
     else:
         things = list(things.values()) if isinstance(things, Mapping) else list(things)
         if len(things) != len(weights):
@@ -521,5 +521,4 @@ def _aligned(things, weights, what: str) -> tuple[list[str], list, list[float]]:
     kept = [p for p in pairs if p[2] != 0]
     if not kept:
         raise ValueError(f"every weight is 0: at least one {what} must have a weight")
-    names, kept_things, kept_weights = (list(column) for column in zip(*kept, strict=True))
-    return names, kept_things, [float(w) for w in kept_weights]
+    return [thing for _, thing, _ in kept], [float(w) for _, _, w in kept]
