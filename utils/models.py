@@ -58,11 +58,14 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
-    """`loader.from_pretrained` whose failures are one line that says what was looked for and what makes it."""
+    """`loader.from_pretrained` whose failures are one line that says what was looked for and what makes it.
+
+    What a command of the project makes (`made_by`) lies in a folder, so that the Hub is not asked for it.
+    """
     path = str(path)
     if os.path.isdir(path) and not any(Path(path).iterdir()):
         raise DataError(f"{what}: {path} is an empty folder" + (f"; make it with: {made_by}" if made_by else ""))
-    if made_by and not os.path.isdir(path) and path.count("/") != 1:  # no Hub name: do not ask the Hub for a minute
+    if made_by and not os.path.isdir(path):
         raise DataError(f"{what}: no folder {path!r}; make it with: {made_by}")
     try:
         return loader.from_pretrained(path, **kwargs)
@@ -110,11 +113,11 @@ def _layers(num_layers: int | None) -> dict:
 
 def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
     """Where the reference of a data set lies, and the command that makes it."""
-    made_by = (
-        config.base_model.made_by
-        if dataset.sft_model == config.base_model.path
-        else f"python Finetuning/SFT/sft.py --exp_type {dataset.exp_type} ..., then Finetuning/SFT/merge_sft_lora.py (config {config.path})"
-    )
+    made_by = ""  # a checkpoint that the configuration names may be on the Hub
+    if not dataset.sft_model:
+        made_by = f"Finetuning/SFT/sft.py --exp_type {dataset.exp_type} ..., then Finetuning/SFT/merge_sft_lora.py"
+    elif dataset.sft_model == config.base_model.path:
+        made_by = config.base_model.made_by
     return config.sft_path(dataset), made_by
 
 
@@ -123,14 +126,10 @@ def load_reference(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen reference model of a data set and its tokenizer."""
     default, made_by = reference_path(config, dataset)
-    path = path or default
-    if not os.path.isdir(path) and path.count("/") != 1:
-        raise DataError(f"reference model of {dataset.name}: no folder {config.default_path(path)}; make it with: {made_by}")
-    tokenizer = load_tokenizer(path, made_by=made_by)
-    model = load_causal_lm(
-        path, device, dtype or pick_dtype(config, device), what=f"reference model of {dataset.name}", made_by=made_by
-    )
-    return model, tokenizer
+    path, made_by = (path, "") if path else (default, made_by)
+    what = f"reference model of {dataset.name}"
+    model = load_causal_lm(path, device, dtype or pick_dtype(config, device), what=what, made_by=made_by)
+    return model, load_tokenizer(path, made_by=made_by)
 
 
 def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

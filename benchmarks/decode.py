@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""Decoding speed beside transformers' `generate()` and beside the bare model calls that a step needs.
+
+    python benchmarks/decode.py --config smollm --batch_size 1 8 32 --output benchmarks/results/decode_smollm_cpu.json
+
+All methods run in turns in one process, several rounds; ratios are taken of the medians. `overhead` is a method's
+seconds over the sum of the model calls that it cannot do without: the reference on B tokens after their past, each
+value model on B x k tokens after theirs. Below 1 means that ours makes a call cheaper (grouped attention does).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli  # noqa: E402
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", default="anthropic", help="whose reference and objectives")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens of each answer, all of this length")
+    parser.add_argument("--topk", type=int, default=15, help="candidates per step")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each method")
+    parser.add_argument("--value_model_dir", help="trained value models (default: the workspace's, fresh ones where there are none)")
+    parser.add_argument("--output", type=Path, help="JSON file of the rows")
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    dataset = config.dataset(args.dataset)
+
+    import torch
+    import transformers
+
+    from utils.models import load_reference, pick_device, vocabulary_size
+
+    device = pick_device(args.device)
+    reference, tokenizer = load_reference(config, dataset, device)
+    values = load_values(config, dataset, args.value_model_dir, tokenizer, vocabulary_size(reference), device)
+    rows = []
+    for batch_size in args.batch_size:
+        rows += measure(reference, values, batch_size, args, device)
+    record = {
+        "rows": rows,
+        "command": "python benchmarks/decode.py " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads",
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "reference_parameters": sum(p.numel() for p in reference.parameters()),
+        "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
+        "peak_memory_mib": peak_memory(device),
+        "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
+    }
+    print_table(record)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device) -> list:
+    """Three value models: trained ones as far as there are any, fresh ones for the rest."""
+    from utils.models import load_value_model, new_value_model, pick_dtype, value_model_folder
+
+    models = []
+    for name in dataset.objectives:
+        folder = value_model_folder(config, value_model_dir, 0, name)
+        if (folder / "adapter_model.safetensors").is_file() and len(models) < 3:
+            models.append(load_value_model(config, folder, tokenizer, vocab_size, device))
+    while len(models) < 3:
+        fresh = new_value_model(config, tokenizer, vocab_size, device, seed=len(models)).merge_and_unload()
+        models.append(fresh.to(device, pick_dtype(config, device)).eval())
+    return models
+
+
+def measure(reference, values, batch_size: int, args, device) -> list[dict]:
+    """One row per method at a batch size."""
+    import torch
+
+    from utils.decoding import decode
+    from utils.growth import TreeShape, grow_trees
+    from utils.policies import MavisPolicy, ReferencePolicy
+
+    generator = torch.Generator().manual_seed(0)
+    tokens, k = args.max_new_tokens, args.topk
+    prompts = torch.randint(10, reference.get_input_embeddings().num_embeddings // 2, (batch_size, args.prompt_tokens), generator=generator)
+    inputs = prompts.to(device)
+    keys = [(0, i) for i in range(batch_size)]
+
+    def ours(policy) -> int:
+        done = decode(policy, prompts.tolist(), keys=keys, max_new_tokens=tokens, eos_token_id=None, batch_size=batch_size)
+        return sum(len(c.token_ids) for c in done)
+
+    def plain() -> int:
+        with torch.inference_mode():
+            reference.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=True,
+                top_k=k,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        return batch_size * tokens
+
+    def trees() -> int:
+        count = max(1, round(2 * batch_size / 4))
+        texts = {i: "" for i in range(count)}
+        grown = grow_trees(
+            ReferencePolicy(reference, top_k=k),
+            {i: prompts[i % batch_size].tolist() for i in range(count)},
+            texts,
+            TreeShape(4, 2, 3, tokens),
+            seed=0,
+            eos_token_id=None,
+            batch_size=batch_size,
+        )
+        return sum(len(t) for tree in grown for t in tree.tokens[1:])
+
+    methods: dict[str, Callable[[], int]] = {
+        "generate": plain,
+        "reference": lambda: ours(ReferencePolicy(reference, top_k=k)),
+        "mavis_1": lambda: ours(MavisPolicy(reference, values[:1], [1.0], beta=4.0, top_k=k)),
+        "mavis_3": lambda: ours(MavisPolicy(reference, values, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
+        "trees": trees,
+        "bare reference": lambda: bare(reference, inputs, 1, tokens - 1),
+        "bare value model": lambda: bare(values[0].model, inputs, k, tokens),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    generated: dict[str, int] = {}
+    for round_ in range(args.rounds + 1):  # the first warms up
+        for name, method in methods.items():
+            synchronize(device)
+            start = time.perf_counter()
+            generated[name] = method()
+            synchronize(device)
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    needs = {
+        "generate": median["bare reference"],
+        "reference": median["bare reference"],
+        "mavis_1": median["bare reference"] + median["bare value model"],
+        "mavis_3": median["bare reference"] + 3 * median["bare value model"],
+    }
+    speed = {name: generated[name] / median[name] for name in methods}
+    return [
+        {
+            "method": name,
+            "batch_size": batch_size,
+            "tokens_per_second": round(speed[name], 2),
+            "tokens_per_second_range": [round(generated[name] / s, 2) for s in (max(seconds[name]), min(seconds[name]))],
+            "ratio_to_generate": round(speed[name] / speed["generate"], 3),
+            "ratio_to_reference": round(speed[name] / speed["reference"], 3),
+            "overhead": round(median[name] / needs[name], 3) if name in needs else None,
+        }
+        for name in ("generate", "reference", "mavis_1", "mavis_3", "trees")
+    ]
+
+
+def bare(model, inputs, queries: int, steps: int) -> int:
+    """The model calls alone: the prompt once, then `steps` calls on `queries` tokens, one of which is kept."""
+    import torch
+    from transformers import DynamicCache
+
+    step = inputs[:, :1].expand(-1, queries).contiguous()
+    head = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=inputs, past_key_values=cache, use_cache=True, **head)
+        for _ in range(steps):
+            model(input_ids=step, past_key_values=cache, use_cache=True, **head)
+            if queries > 1:
+                cache.crop(-(queries - 1))
+    return inputs.shape[0] * steps
+
+
+def synchronize(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device) -> int:
+    """Peak memory of the process on its device, MiB."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def print_table(record: dict) -> None:
+    """The rows, and what they were measured on."""
+    print(f"{record['device']}, {record['dtype']}, peak memory {record['peak_memory_mib']} MiB")
+    print(f"{'method':<10} {'batch':>5} {'tokens/s':>10} {'range':>17} {'/ generate':>11} {'/ reference':>12} {'overhead':>9}")
+    for row in record["rows"]:
+        low, high = row["tokens_per_second_range"]
+        overhead = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
+        print(
+            f"{row['method']:<10} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} {f'{low:.1f} - {high:.1f}':>17} "
+            f"{row['ratio_to_generate']:>11.2f} {row['ratio_to_reference']:>12.2f} {overhead:>9}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
