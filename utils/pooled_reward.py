@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.batching import length_batches, pad_right
+from utils.batching import length_batches
 from utils.cli import DataError, progress
 
 FORMAT = 1
@@ -123,6 +123,22 @@ def encode_texts(
     return encoded
 
 
+def pack_rows(encoded: Sequence[tuple[list[int], int]], limit: int) -> list[list[int]]:
+    """Indices of the texts that share a row of at most `limit` tokens: one conversation, then all its responses."""
+    rows: dict[tuple[int, ...], list[list[int]]] = {}
+    size: dict[tuple[int, ...], int] = {}
+    for i, (ids, start) in enumerate(encoded):
+        head, tail = tuple(ids[:start]), len(ids) - start
+        if not tail:
+            continue
+        if head not in rows or size[head] + tail > limit:
+            rows.setdefault(head, []).append([])
+            size[head] = start
+        rows[head][-1].append(i)
+        size[head] += tail
+    return [row for packed in rows.values() for row in packed]
+
+
 def pooled_features(
     trunk,
     encoded: Sequence[tuple[list[int], int]],
@@ -134,30 +150,46 @@ def pooled_features(
 ) -> np.ndarray:
     """Features (N, H) float32 of encoded responses; zeros for a response without tokens.
 
+    Responses to one conversation stand in one row after it, each blind to the others and at the positions it would have
+    alone: what the sides of a pair, or the leaves of a tree, share is read once.
+
     Args:
         trunk: headless causal model; its `last_hidden_state` is normalised to a mean square of 1 at each token.
         encoded: what `encode_texts` gives.
+        batch_size: most rows in a forward pass; token_budget: most tokens, padding included.
         autocast: run the trunk in bfloat16.
     """
     import torch
 
     device = next(trunk.parameters()).device
     features = np.zeros((len(encoded), trunk.config.hidden_size), np.float32)
-    filled = [i for i, (ids, start) in enumerate(encoded) if len(ids) > start]
+    rows = pack_rows(encoded, max((len(ids) for ids, _ in encoded), default=0))
+    lengths = [encoded[row[0]][1] + sum(len(encoded[i][0]) - encoded[i][1] for i in row) for row in rows]
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for batch in length_batches([len(encoded[i][0]) for i in filled], batch_size, token_budget):
-            rows = [encoded[filled[b]] for b in batch]
-            ids, mask = pad_right([r[0] for r in rows], pad_id)  # (B, L)
-            start = torch.tensor([r[1] for r in rows])
-            inside = mask.bool() & (torch.arange(ids.shape[1])[None] >= start[:, None])  # (B, L)
-            hidden = trunk(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).last_hidden_state.float()
+        for batch in length_batches(lengths, batch_size, token_budget):
+            size = (len(batch), lengths[batch[0]])  # (B, L); the longest comes first
+            ids, position = np.full(size, pad_id), np.zeros(size, np.int64)
+            owner = np.full(size, -2)  # the text that a token belongs to; -1: the conversation; -2: padding
+            for b, row in enumerate(rows[r] for r in batch):
+                end = encoded[row[0]][1]
+                ids[b, :end], position[b, :end], owner[b, :end] = encoded[row[0]][0][:end], np.arange(end), -1
+                for i in row:
+                    text, head = encoded[i]
+                    at = slice(end, end + len(text) - head)
+                    ids[b, at], position[b, at], owner[b, at] = text[head:], np.arange(head, len(text)), i
+                    end = at.stop
+            ids, position, owner = (torch.as_tensor(a, device=device) for a in (ids, position, owner))
+            seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])  # (B, query, key)
+            mask = torch.where(seen.tril(), 0.0, torch.finfo(torch.float32).min)[:, None]  # (B, 1, L, L)
+            hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+            hidden = hidden.float()
             hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)  # (B, L, H)
-            weight = (inside / inside.sum(1, keepdim=True)).to(device, torch.float32)  # (B, L)
-            with torch.autocast(device.type, enabled=False):
-                pooled = torch.einsum("bl,blh->bh", weight, hidden)
-            features[[filled[b] for b in batch]] = pooled.cpu().numpy()
+            texts = [i for r in batch for i in rows[r]]
+            place = {i: n for n, i in enumerate(texts)}
+            inside = owner >= 0
+            index = torch.tensor([place[i] for i in owner[inside].tolist()], device=device)
+            total = torch.zeros(len(texts), hidden.shape[-1], device=device).index_add_(0, index, hidden[inside])
+            features[texts] = (total / torch.bincount(index)[:, None]).cpu().numpy()
     return features
 
 

@@ -49,17 +49,18 @@ def read_examples(
 
 
 def sides(examples: Examples) -> tuple[list[Conversation], list[str]]:
-    """Conversations and responses to be scored: of pairs, all chosen ones and then all rejected ones."""
+    """Conversations and responses to be scored: of each pair the chosen one, then the rejected one."""
     if isinstance(examples[0], Pair):
-        conversations = [e.conversation for e in examples]
-        return conversations * 2, [e.chosen for e in examples] + [e.rejected for e in examples]
+        return [e.conversation for e in examples for _ in range(2)], [
+            r for e in examples for r in (e.chosen, e.rejected)
+        ]
     return [e.conversation for e in examples], [e.text for e in examples]
 
 
 def correct(examples: Examples, logits: np.ndarray) -> np.ndarray:
     """(N,) whether each pair's chosen side, or each text's label, is what the logits of `sides` say; a tie is half."""
     if isinstance(examples[0], Pair):
-        margin = logits[: len(examples)] - logits[len(examples) :]
+        margin = logits[::2] - logits[1::2]
     else:
         margin = logits * np.array([1 if e.label else -1 for e in examples])
     return (margin > 0) + 0.5 * (margin == 0)
@@ -157,7 +158,7 @@ def fit_head(source: Examples, features: np.ndarray, l2: float) -> tuple[np.ndar
     """Weight (H,), intercept and the penalty used; `l2` of 0 has it chosen by cross-validation over prompts."""
     groups = [e.conversation.first if isinstance(e, Pair) else e.text for e in source]
     if isinstance(source[0], Pair):
-        chosen, rejected = features[: len(source)], features[len(source) :]
+        chosen, rejected = features[::2], features[1::2]
         x, y = (chosen - rejected).astype(np.float64), np.ones(len(source))
 
         def fit(rows, l2):
@@ -259,7 +260,7 @@ def _pair_trainer(model, tokenizer, source, rows, settings):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    pairs = Dataset.from_dict({"chosen_ids": rows[: len(source)], "rejected_ids": rows[len(source) :]})
+    pairs = Dataset.from_dict({"chosen_ids": rows[::2], "rejected_ids": rows[1::2]})
     arguments = RewardConfig(**settings, max_length=None)
     return RewardTrainer(model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
 

@@ -165,12 +165,12 @@ class _Classifier:
         self, config: Config, spec: ObjectiveSpec, device, *, batch_size: int, token_budget: int, autocast: bool
     ):
         self.spec, self.batch_size, self.token_budget, self.autocast = spec, batch_size, token_budget, autocast
-        self.model, self.tokenizer = models.load_sequence_classifier(
-            config.locate(spec.path),
-            device,
-            what=f"reward model of {spec.name}",
-            made_by=training_command(config, spec),
-        )
+        path, made_by = config.locate(spec.path), training_command(config, spec)
+        if not Path(path).exists() and (made_by or path.count("/") != 1):  # no Hub name: do not ask there
+            hint = f"; make it with: {made_by}" if made_by else ""
+            raise DataError(f"reward model of {spec.name}: no folder {config.default_path(path)}{hint}")
+        what = f"reward model of {spec.name}"
+        self.model, self.tokenizer = models.load_sequence_classifier(path, device, what=what, made_by=made_by)
         labels = self.model.config.num_labels
         if not 0 <= spec.label < labels:
             raise DataError(
