@@ -71,3 +71,34 @@ def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos
         if ids[chosen] == eos:
             break
     return tokens, log_ratio, steps
+
+
+def beam_search(reference, value_models, weights, prompt, key, *, num_beams, num_samples, max_new_tokens, eos, **settings):
+    """All completions (tokens, value, finished) of one prompt, best first, from the published description alone."""
+    finished, beams = [], [[]]
+    for t in range(max_new_tokens):
+        continuations = []
+        for b, tokens in enumerate(beams):
+            text = list(prompt) + tokens
+            ids, _, _, tilted = step(reference, value_models, weights, text, **settings)
+            for d in range(num_samples):
+                draw = key if (b, d) == (0, 0) else (*key, b, d)
+                threshold, running, chosen = uniform(draw, t) * sum(tilted), 0.0, len(ids) - 1
+                for i, q in enumerate(tilted):
+                    running += q
+                    if running > threshold:
+                        chosen = i
+                        break
+                value = sum(w * value_of(m, text + [ids[chosen]]) for m, w in zip(value_models, weights))
+                continuations.append((tokens + [ids[chosen]], value))
+        continuations.sort(key=lambda c: -c[1])
+        finished += [(c, v, True) for c, v in continuations if c[-1] == eos]
+        rest = [(c, v) for c, v in continuations if c[-1] != eos]
+        beams, values = [], []
+        while rest and len(beams) < num_beams:
+            beams.append(rest[len(beams) % len(rest)][0])
+            values.append(rest[len(values) % len(rest)][1])
+        if not beams:
+            break
+    finished += [(c, v, False) for c, v in zip(beams, values)]
+    return sorted(finished, key=lambda f: -f[1])

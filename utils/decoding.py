@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Completion:
         finished: whether it ended with the end-of-sequence token.
         log_prob: sum of log p_policy(a).
         reference_log_prob: sum of log p_reference(a).
+        value: in beam search, the unnormalised combined value of its last token, by which it was ranked.
         steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
     """
 
@@ -36,6 +37,7 @@ class Completion:
     log_prob: float = float("nan")
     reference_log_prob: float = float("nan")
     steps: list[dict] | None = None
+    value: float = float("nan")
 
 
 @dataclass
@@ -303,6 +305,118 @@ def decode(
             completion.reference_log_prob = score
             completion.log_ratio = completion.log_prob - score
     return completions
+
+
+# ---------------------------------------------------------------------------------------------------------- beam search
+
+
+@dataclass
+class _Beam:
+    """One continuation of a prompt: its tokens, the sums over its steps, and the value of its last token."""
+
+    tokens: list[int]
+    log_prob: float = 0.0
+    reference_log_prob: float = 0.0
+    value: float = float("-inf")
+
+    def completion(self, finished: bool) -> Completion:
+        log_ratio = self.log_prob - self.reference_log_prob
+        return Completion(self.tokens, log_ratio, finished, self.log_prob, self.reference_log_prob, value=self.value)
+
+
+def beam_key(key: tuple[int, ...], beam: int, draw: int) -> tuple[int, ...]:
+    """The randomness of a beam's draw; the first of the first is the plain decoder's."""
+    return tuple(key) if beam == draw == 0 else (*key, beam, draw)
+
+
+@torch.inference_mode()
+def beam_search(
+    policy: _Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[tuple[int, ...]],
+    num_beams: int,
+    num_return: int,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    batch_size: int = 64,
+    on_completion=None,
+) -> list[list[Completion]]:
+    """Search over values: beams are continued by sampling from the tilted distribution and ranked by value.
+
+    Each of `num_beams` beams draws `num_samples` tokens. All continuations of a prompt are ranked by their unnormalised
+    combined value; those that ended join the finished ones, the best `num_beams` of the rest go on, and where fewer
+    are left they are repeated from the best on. A prompt starts as one beam, so that the first step gives copies of
+    what it drew, which diverge by sampling. At the end the unfinished beams join the finished ones.
+
+    Args:
+        policy: one whose candidates have values (MavisPolicy, TokenTablePolicy).
+        num_return: completions per prompt, the best by value first; fewer where there are fewer.
+        batch_size: rows at a time; at least one prompt's beams.
+        (the others as in `decode`)
+    """
+    for name, number in (("num_beams", num_beams), ("num_return", num_return), ("num_samples", num_samples)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if not hasattr(policy, "beta"):
+        raise ValueError(f"beam search ranks by values, and a {type(policy).__name__} has none")
+    if len(prompts) != len(keys):
+        raise ValueError(f"{len(prompts)} prompts but {len(keys)} keys")
+    check_prompts(prompts, max_new_tokens, policy.context)
+    eos = set(_eos_tensor(eos_token_id, torch.device("cpu")).tolist())
+    at_once = max(1, batch_size // num_beams)
+    results: list[list[Completion]] = []
+    for first in range(0, len(prompts), at_once):
+        group = list(prompts[first : first + at_once])
+        found = _search(policy, group, keys[first : first + at_once], num_beams, num_samples, max_new_tokens, eos)
+        for completions in found:
+            best = sorted(completions, key=lambda c: -c.value)[:num_return]  # stable: of equals, the earlier
+            results.append(best)
+            if on_completion is not None:
+                on_completion(sum(len(c.token_ids) for c in best))
+    return results
+
+
+def _search(policy, prompts, keys, num_beams: int, num_samples: int, max_new_tokens: int, eos: set[int]) -> list[list[Completion]]:
+    """The search of a group of prompts that share a batch: all their completions, in no order."""
+    policy.open(len(prompts))
+    policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts]))
+    done: list[list[Completion]] = [[] for _ in prompts]
+    beams: list[list[_Beam]] = [[_Beam([])] for _ in prompts]
+    device = policy.device
+    for t in range(max_new_tokens):
+        rows = [(p, b) for p, of_prompt in enumerate(beams) for b in range(len(of_prompt))]
+        step = policy.distribution()
+        folded = [[tilting.fold_key(beam_key(keys[p], b, d)) for d in range(num_samples)] for p, b in rows]
+        uniform = tilting.uniforms(torch.tensor(folded, device=device).T.reshape(-1), torch.tensor(t, device=device))
+        choice = tilting.sample(step.p_tilt.repeat(num_samples, 1), uniform).view(num_samples, -1).T  # (rows, samples)
+        drawn = [x.gather(1, choice) for x in (step.token_ids, policy.combined, step.p_tilt.double().log(), step.p_ref.double().log())]
+        choices, (tokens, values, log_p, log_q) = choice.tolist(), (x.tolist() for x in drawn)
+
+        offspring: list[list[tuple[_Beam, int, int]]] = [[] for _ in prompts]  # (beam, row, candidate)
+        for row, (p, b) in enumerate(rows):
+            old = beams[p][b]
+            for d in range(num_samples):
+                new = _Beam([*old.tokens, tokens[row][d]], old.log_prob + log_p[row][d], old.reference_log_prob + log_q[row][d], values[row][d])
+                offspring[p].append((new, row, choices[row][d]))
+        keep_rows, keep_choices = [], []
+        for p, continuations in enumerate(offspring):
+            ranked = sorted(continuations, key=lambda c: -c[0].value)
+            done[p] += [beam.completion(True) for beam, _, _ in ranked if beam.tokens[-1] in eos]
+            going = [c for c in ranked if c[0].tokens[-1] not in eos]
+            chosen = [going[i % len(going)] for i in range(num_beams)] if going else []
+            beams[p] = [beam for beam, _, _ in chosen]
+            keep_rows += [row for _, row, _ in chosen]
+            keep_choices += [candidate for _, _, candidate in chosen]
+        if not keep_rows or t + 1 == max_new_tokens:
+            break
+        if keep_rows != list(range(policy.rows)):
+            policy.take(keep_rows, len(keep_rows))
+        policy.advance(torch.tensor(keep_choices, device=device))
+    for p, of_prompt in enumerate(beams):
+        done[p] += [beam.completion(False) for beam in of_prompt]
+    return done
 
 
 @torch.inference_mode()
