@@ -36,8 +36,8 @@ BATCHES_PER_CHUNK = 4  # rows are written after this many batches' worth of answ
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-def add_evaluation_arguments(parser: ArgumentParser) -> None:
-    """The arguments that all evaluation scripts share."""
+def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True) -> None:
+    """The arguments that all evaluation scripts share; `track_kl` says whether --track_KL is one."""
     task = parser.add_argument_group("what is evaluated")
     task.add_argument("--dataset", required=True, help="data set of the configuration, e.g. anthropic")
     task.add_argument(
@@ -62,12 +62,15 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     decoding.add_argument("--seed", type=int, help="seed of the sampling (default: the configuration's)")
     decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
     record = parser.add_argument_group("record")
-    record.add_argument(
-        "--track_KL",
-        action=BooleanOptionalAction,
-        default=True,
-        help="write each answer's log-ratio to the reference, whose mean estimates the KL (default: on)",
-    )
+    if track_kl:
+        record.add_argument(
+            "--track_KL",
+            action=BooleanOptionalAction,
+            default=True,
+            help="write each answer's log-ratio to the reference, whose mean estimates the KL (default: on)",
+        )
+    else:
+        parser.set_defaults(track_KL=False)
     record.add_argument("--rerun", action="store_true", help="start anew where the same run is already complete")
     add_common(parser)
 
