@@ -31,7 +31,13 @@ def build_parser() -> ArgumentParser:
         metavar="DIR",
         help="steer by tables of token values, DIR/<objective>.safetensors (without DIR: the workspace's token_tables)",
     )
-    group.add_argument("--beta", type=float, help="strength of the token table's tilt, at least 0")
+    group.add_argument(
+        "--prompt_words",
+        action="store_const",
+        const=True,
+        help="steer towards the prompt's own words, each worth its idf: no learning, no weights",
+    )
+    group.add_argument("--beta", type=float, help="strength of a table's tilt, at least 0")
     add_evaluation_arguments(parser)
     return parser
 
@@ -99,10 +105,35 @@ def _token_table_files(settings: Settings, args: Namespace) -> dict:
     }
 
 
+def _prompt_words(args: Namespace):
+    def build(settings, reference, tokenizer, device):
+        from utils.data import prompts_csv, read_prompts
+        from utils.models import vocabulary_size
+        from utils.policies import PromptTablePolicy
+        from utils.token_table import prompt_words
+
+        texts = read_prompts(prompts_csv(settings.config, settings.spec, "train"), settings.config)
+        return PromptTablePolicy(
+            reference,
+            prompt_words(settings.spec, texts, tokenizer, vocabulary_size(reference)),
+            beta=args.beta,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            normalization=settings.config.decoding.normalization,
+        )
+
+    return build
+
+
+def _prompt_words_series(settings: Settings, args: Namespace) -> dict:
+    return {"beta": args.beta, "normalization": settings.config.decoding.normalization}
+
+
 # A new baseline is one entry here and its flag above; the key is the flag's name, the first entry is the default.
 BASELINES = {
     "reference": Baseline(_reference),
     "token_table": Baseline(_token_table, _token_table_series, _token_table_files, needs=("beta", "obj_weights")),
+    "prompt_words": Baseline(_prompt_words, _prompt_words_series, needs=("beta",)),
 }
 
 
@@ -123,7 +154,7 @@ def method_of(settings: Settings, args: Namespace) -> Method:
     if args.beta is not None:
         check_beta(args.beta)
         if "beta" not in baseline.needs:
-            raise UsageError(f"--beta has no meaning for the {name}; it goes with --token_table")
+            raise UsageError(f"--beta has no meaning for the {name}; it goes with --token_table or --prompt_words")
     if n < 1:
         raise UsageError(f"--num_samples must be at least 1, got {n}")
     if n > 1 and not settings.weights:

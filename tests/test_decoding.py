@@ -10,7 +10,7 @@ import torch
 from tests import brute_force
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from utils.decoding import decode, score_texts
-from utils.policies import MavisPolicy, MixturePolicy, ReferencePolicy, TokenTablePolicy
+from utils.policies import MavisPolicy, MixturePolicy, PromptTablePolicy, ReferencePolicy, TokenTablePolicy
 
 EOS = 2
 
@@ -158,6 +158,19 @@ def test_the_token_table_policy_tilts_by_the_candidate_alone():
         odds = [p * math.exp(2 * x) for p, x in zip(p_ref, u, strict=True)]
         assert step["p_tilt"].tolist() == pytest.approx([o / sum(odds) for o in odds], abs=1e-6)
         text.append(completion.token_ids[len(text) - 3])
+
+
+def test_the_prompt_table_policy_gives_each_row_its_own_prompts_table():
+    """A prompt's table is a multiple of one table, so that each row must equal the table policy of that multiple."""
+    reference, table = causal_lm("llama_full"), torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    prompts, keys = make_prompts(6, seed=8), [(i,) for i in range(6)]
+    run = dict(max_new_tokens=8, eos_token_id=[2, 9, 11, 13, 17])
+    own = dict(top_k=6, normalization="none", beta=2.0)
+    policy = PromptTablePolicy(reference, lambda prompt: table * len(prompt) / 10, **own)
+    together = decode(policy, prompts, keys=keys, batch_size=2, **run)
+    for prompt, key, completion in zip(prompts, keys, together, strict=True):
+        single = TokenTablePolicy(reference, [table * len(prompt) / 10], [1.0], **own)
+        assert decode(single, [prompt], keys=[key], batch_size=1, **run)[0].token_ids == completion.token_ids
 
 
 def test_a_mixture_adds_logits_and_takes_its_log_ratio_against_the_reference():

@@ -12,7 +12,7 @@ A step is: `distribution()` (value models score the k candidates in one masked p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class Snapshot:
     kv: list[Tensor | None]  # per model (2, layers, heads, length, head size)
     p_ref: Tensor  # (k,)
     token_ids: Tensor  # (k,)
+    table: Tensor | None = None  # (V,) values of tokens after this prompt, where a policy has such
 
 
 # --------------------------------------------------------------------------------------------------------- attention
@@ -246,7 +247,7 @@ class _Policy:
         """Start with that many empty rows."""
         self.layout = Layout(rows, self.device)
         self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
-        self.p_ref = self.token_ids = None
+        self.p_ref = self.token_ids = self.tables_of_rows = None
 
     @property
     def rows(self) -> int:
@@ -281,6 +282,7 @@ class _Policy:
                 [None if s is None else s[:, :, i, :, longest - len(prompt) : longest] for s in kv],
                 p_ref[i],
                 token_ids[i],
+                self._table_of(prompt),
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -296,6 +298,8 @@ class _Policy:
             k = len(snapshots[0].p_ref)
             self.p_ref = snapshots[0].p_ref.new_full((self.rows, k), 1.0 / k)
             self.token_ids = snapshots[0].token_ids.new_zeros(self.rows, k)
+            if snapshots[0].table is not None:
+                self.tables_of_rows = snapshots[0].table.new_zeros(self.rows, len(snapshots[0].table))
         for row, snapshot in zip(rows, snapshots, strict=True):
             start = stop - snapshot.length
             layout.valid[row] = False
@@ -309,6 +313,8 @@ class _Policy:
         layout.length[index] = torch.as_tensor([s.length for s in snapshots], device=self.device)
         self.p_ref[index] = torch.stack([s.p_ref for s in snapshots])
         self.token_ids[index] = torch.stack([s.token_ids for s in snapshots])
+        if self.tables_of_rows is not None:
+            self.tables_of_rows[index] = torch.stack([s.table for s in snapshots])
 
     @torch.inference_mode()
     def save(self, rows: Sequence[int]) -> list[Snapshot]:
@@ -317,7 +323,10 @@ class _Policy:
         for row in rows:
             columns = self.layout.valid[row, : self.layout.width].nonzero().squeeze(-1)
             kv = [None if c.store is None else c.store[:, :, row].index_select(3, columns) for c in self.caches]
-            snapshots.append(Snapshot(self.layout.lengths[row], kv, self.p_ref[row].clone(), self.token_ids[row].clone()))
+            table = None if self.tables_of_rows is None else self.tables_of_rows[row].clone()
+            snapshots.append(
+                Snapshot(self.layout.lengths[row], kv, self.p_ref[row].clone(), self.token_ids[row].clone(), table)
+            )
         return snapshots
 
     def release(self, rows: Sequence[int]) -> None:
@@ -342,6 +351,8 @@ class _Policy:
             k = self.p_ref.shape[-1]
             self.p_ref = torch.cat([self.p_ref[index], self.p_ref.new_full((empty, k), 1.0 / k)])
             self.token_ids = torch.cat([self.token_ids[index], self.token_ids.new_zeros(empty, k)])
+        if self.tables_of_rows is not None:
+            self.tables_of_rows = nn.functional.pad(self.tables_of_rows[index], (0, 0, 0, empty))
 
     def _compact(self) -> None:
         """Drop columns that no row needs, once they are a good part of the buffer."""
@@ -363,6 +374,10 @@ class _Policy:
 
     def _values(self) -> Tensor | None:
         """The u (B, k) that tilts the candidates, or None."""
+        return None
+
+    def _table_of(self, prompt: Sequence[int]) -> Tensor | None:
+        """A prompt's own table of token values (V,), or None."""
         return None
 
     @torch.inference_mode()
@@ -502,6 +517,36 @@ class TokenTablePolicy(_TiltedPolicy):
 
     def _objective_values(self) -> Tensor:
         return self.tables[:, self.token_ids]  # (M, B, k)
+
+
+class PromptTablePolicy(_TiltedPolicy):
+    """The control for a reward that depends on the prompt: each prompt has its own table of token values.
+
+    `table_of` gives the table (V,) of a prompt's token ids, e.g. the idf of the prompt's own words.
+    """
+
+    def __init__(
+        self,
+        reference,
+        table_of: Callable[[Sequence[int]], Tensor],
+        *,
+        beta: float,
+        top_k: int = 15,
+        temperature: float = 1.0,
+        normalization: str = "minmax",
+        clip: float | None = tilting.CLIP,
+    ):
+        super().__init__(
+            reference, [1.0], beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
+        )
+        self.table_of = table_of
+
+    def _table_of(self, prompt: Sequence[int]) -> Tensor:
+        dtype = torch.float64 if self.languages[0].dtype == torch.float64 else torch.float32
+        return torch.as_tensor(self.table_of(prompt), dtype=dtype, device=self.device)
+
+    def _objective_values(self) -> Tensor:
+        return self.tables_of_rows.gather(1, self.token_ids).unsqueeze(0)  # (1, B, k)
 
 
 def _aligned(things, weights, what: str) -> tuple[list, list[float]]:

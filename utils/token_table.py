@@ -227,3 +227,21 @@ def prompt_words_table(user: str, tokenizer, idf: np.ndarray) -> np.ndarray:
             ids = tokenizer(form, add_special_tokens=False)["input_ids"]
             table[ids] = idf[ids]
     return table
+
+
+def prompt_words(spec, texts: Sequence[str], tokenizer, vocab_size: int):
+    """The function from a prompt's token ids to its table of own words, with idf from `texts` (prompts of a data set).
+
+    The words of the data set's template are nobody's own.
+    """
+    from utils.data import encode_prompts
+
+    idf = inverse_document_frequency(encode_prompts(spec, tokenizer, list(texts)), vocab_size)
+    frame = spec.reference_template.replace("{user}", " ").replace("{prompt}", " ")
+    common = set(tokenizer.decode(tokenizer(frame)["input_ids"], skip_special_tokens=True).split())
+
+    def table_of(prompt: Sequence[int]) -> np.ndarray:
+        words = tokenizer.decode(list(prompt), skip_special_tokens=True).split()
+        return prompt_words_table(" ".join(w for w in words if w not in common), tokenizer, idf)
+
+    return table_of
