@@ -155,6 +155,29 @@ def test_text_that_ended_has_no_children():
         assert len(tree.children(node)) == 0
 
 
+def test_dynamic_splitting_leaves_no_child_of_the_root_a_leaf():
+    """Ended children are cut: the pieces are the text that would have been, and the other children grow from the cut."""
+    policy, prompts = ReferencePolicy(causal_lm("llama_full"), top_k=6), {i: [5, 6, 7 + i] for i in range(6)}
+    eos = [2, 9, 11, 13, 17, 23]
+    plain = grow(policy, prompts, TreeShape(2, 3, 3, 20), 16, eos=eos)
+    split = grow(policy, prompts, TreeShape(2, 3, 3, 20, dynamic_splitting=True), 16, eos=eos)
+    cuts = 0
+    for index in prompts:
+        check_tree(split[index])
+        for place, (a, b) in enumerate(zip(plain[index].children(0), split[index].children(0), strict=True)):
+            whole, piece = plain[index].tokens[a], split[index].tokens[b]
+            if not plain[index].finished[a] or len(whole) == 1:
+                assert np.array_equal(whole, piece), place
+                continue
+            cuts += 1
+            tail, *others = split[index].children(b)
+            assert len(others) == 2 and len(split[index].children(tail)) == 0 and split[index].finished[tail]
+            assert np.array_equal(np.concatenate([piece, split[index].tokens[tail]]), whole)
+            total = split[index].log_ratio[b] + split[index].log_ratio[tail]
+            assert total == pytest.approx(plain[index].log_ratio[a], abs=1e-9)
+    assert cuts > 2
+
+
 @pytest.mark.parametrize("name", ["root_children", "non_root_children", "num_layers", "max_new_tokens"])
 def test_a_shape_without_nodes_is_refused(name):
     with pytest.raises(ValueError, match=name):

@@ -3,121 +3,143 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from utils import cli
 from utils.config import Config, DatasetSpec
-from utils.data import encode_prompts, prompts_csv, read_prompts
-from utils.growth import TreeShape, grow_trees
-from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
-from utils.models import load_reference, pick_device
-from utils.policies import ReferencePolicy, _Policy
 
 CHUNK = 64  # prompts whose trees grow together; bounds what a killed process loses
 
 
-@dataclass
-class Collection:
-    """One command's share of a data folder."""
+def add_collection_arguments(parser: ArgumentParser) -> None:
+    """The arguments that all data collection shares."""
+    parser.add_argument("start", metavar="START", type=int, help="index of the first prompt")
+    parser.add_argument("num", metavar="NUM", type=int, help="number of prompts")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
+    group.add_argument("--data_split", default="train", help="which split's prompts (default: train)")
+    group.add_argument("--output_dir", type=Path, help="folder of the trees (default: below <workspace>/tree_data/<dataset>)")
+    group = parser.add_argument_group("trees")
+    group.add_argument("--root_children", type=int, help="children of the root")
+    group.add_argument("--non_root_children", type=int, help="children of every other inner node")
+    group.add_argument("--num_layers", type=int, help="layers below the root")
+    group.add_argument("--max_new_tokens", type=int, help="tokens from the prompt's end to a leaf (default: the data set's)")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--temperature", type=float, help="divides the logits (default: the configuration's)")
+    group.add_argument("--topk", type=int, help="candidates per step (default: the configuration's)")
+    group.add_argument("--seed", type=int, default=0, help="base seed (default: 0)")
+    group.add_argument("--seed_increment", type=int, default=0, help="added to the seed, for another set of trees (default: 0)")
+    group.add_argument("--batch_size", type=int, help="segments that grow at a time (default: the configuration's)")
+    cli.add_common(parser)
 
-    policy: _Policy
-    prompts: dict[int, list[int]]
-    texts: dict[int, str]
-    shape: TreeShape
-    seed: int
-    eos_token_id: int
-    batch_size: int
-    output_dir: Path
 
-    @classmethod
-    def under_reference(cls, config: Config, dataset: DatasetSpec, args: Namespace, output_dir: Path) -> Collection:
-        """Trees under the reference policy, from `get_data_base.py`'s arguments."""
-        given = {
-            "root_children": args.root_children or dataset.trees.root_children,
-            "non_root_children": args.non_root_children or dataset.trees.non_root_children,
-            "num_layers": args.num_layers or dataset.trees.num_layers,
-            "max_new_tokens": args.max_new_tokens or dataset.max_new_tokens,
-        }
-        shape = TreeShape(**given)
-        temperature = args.temperature if args.temperature is not None else config.decoding.temperature
-        top_k = args.topk if args.topk is not None else config.decoding.top_k
-        seed = args.seed + args.seed_increment
-        texts = read_prompts(prompts_csv(config, dataset, args.data_split))
-        if args.start >= len(texts):
-            raise cli.DataError(f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}")
-        claim_collection(
-            output_dir,
-            {
-                "policy": "reference",
-                "reference": config.sft_path(dataset),
-                "dataset": dataset.name,
-                "data_split": args.data_split,
-                "temperature": temperature,
-                "top_k": top_k,
-                "seed": seed,
-                **given,
-            },
-        )
-        known = set(stored_indices(output_dir))
-        missing = [i for i in range(args.start, min(args.start + args.num, len(texts))) if i not in known]
-        if not missing:
-            model = tokenizer = None
-            policy, prompts = None, {}
-        else:
-            model, tokenizer = load_reference(config, dataset, pick_device(args.device))
-            policy = ReferencePolicy(model, top_k=top_k, temperature=temperature)
-            encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], policy.context)
-            prompts = dict(zip(missing, encoded, strict=True))
-        return cls(
-            policy,
-            prompts,
-            dict(enumerate(texts)),
-            shape,
-            seed,
-            None if tokenizer is None else tokenizer.eos_token_id,
-            args.batch_size or config.decoding.batch_size,
-            output_dir,
-        )
+def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: Path, more=()) -> int:
+    """Print what the collection would load."""
+    from utils.data import prompts_csv
 
-    def run(self) -> int:
-        """Grow what is missing, chunk by chunk, and put the tokens of all trees into one file."""
-        start, tokens, grown, discarded = time.time(), 0, 0, 0
-        indices = list(self.prompts)
-        bar = cli.progress(total=len(indices), desc="trees", unit="prompt")
+    csv, reference = prompts_csv(config, dataset, args.data_split), config.sft_path(dataset)
+    cli.report_dry_run(
+        [
+            ("reference", reference, cli.found(reference, "" if dataset.sft_model else "Finetuning/SFT/merge_sft_lora.py")),
+            ("prompts", str(csv), cli.found(str(csv), f"dataset_preprocess.py {dataset.name} --split {args.data_split}")),
+            *more,
+            ("trees", str(output_dir), "made by this stage"),
+        ]
+    )
+    return 0
 
-        def count(n: int) -> None:
-            nonlocal tokens
-            tokens += n
-            bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tokens/s", refresh=False)
 
-        try:
-            for first in range(0, len(indices), CHUNK):
-                chunk = {i: self.prompts[i] for i in indices[first : first + CHUNK]}
-                for tree in grow_trees(
-                    self.policy,
-                    chunk,
-                    self.texts,
-                    self.shape,
-                    seed=self.seed,
-                    eos_token_id=self.eos_token_id,
-                    batch_size=self.batch_size,
-                    on_tokens=count,
-                ):
-                    if tree.depth.max() < min(2, self.shape.num_layers):
-                        discarded += 1
-                        write_discarded(self.output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
-                    else:
-                        grown += 1
-                        write_tree(self.output_dir, tree)
-                    bar.update(1)
-        finally:
-            bar.close()
-            total = consolidate(self.output_dir)
-        seconds = time.time() - start
-        print(
-            f"{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "
-            f"({tokens / max(seconds, 1e-9):.0f} tokens/s); {self.output_dir} holds {total} trees"
-        )
-        return 0
+def collect(
+    config: Config,
+    dataset: DatasetSpec,
+    args: Namespace,
+    output_dir: Path,
+    *,
+    shape: Mapping,
+    policy: Mapping,
+    build: Callable,
+) -> int:
+    """Grow the trees of prompts START .. START + NUM - 1 that a folder does not have yet.
+
+    Args:
+        shape: TreeShape's fields; arguments that were given override them.
+        policy: what the folder records of the policy; another policy's folder is refused.
+        build: (reference, tokenizer, device, top_k, temperature) -> policy.
+
+    Raises:
+        UsageError, DataError: a range without prompts, a folder made with other arguments, a prompt without room.
+    """
+    from utils.data import encode_prompts, prompts_csv, read_prompts
+    from utils.growth import TreeShape, grow_trees
+    from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
+    from utils.models import load_reference, pick_device
+
+    if args.start < 0 or args.num < 1:
+        raise cli.UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
+    fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
+    fields |= {k: getattr(args, k) for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens") if getattr(args, k) is not None}
+    tree_shape = TreeShape(**fields)
+    temperature = config.decoding.temperature if args.temperature is None else args.temperature
+    top_k = config.decoding.top_k if args.topk is None else args.topk
+    seed = args.seed + args.seed_increment
+    texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
+    if args.start >= len(texts):
+        raise cli.DataError(f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}")
+    claim_collection(
+        output_dir,
+        {
+            **policy,
+            "reference": config.sft_path(dataset),
+            "dataset": dataset.name,
+            "data_split": args.data_split,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+            **{name: value for name, value in vars(tree_shape).items() if value is not False},
+        },
+    )
+    known = set(stored_indices(output_dir))
+    missing = [i for i in range(args.start, min(args.start + args.num, len(texts))) if i not in known]
+    began, tokens, grown, discarded = time.time(), 0, 0, 0
+    bar = cli.progress(total=len(missing), desc="trees", unit="prompt")
+
+    def count(n: int) -> None:
+        nonlocal tokens
+        tokens += n
+        bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s", refresh=False)
+
+    try:
+        if missing:
+            device = pick_device(args.device)
+            reference, tokenizer = load_reference(config, dataset, device)
+            decoder = build(reference, tokenizer, device, top_k, temperature)
+            encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], decoder.context)
+        for first in range(0, len(missing), CHUNK):
+            for tree in grow_trees(
+                decoder,
+                dict(zip(missing[first : first + CHUNK], encoded[first : first + CHUNK], strict=True)),
+                dict(enumerate(texts)),
+                tree_shape,
+                seed=seed,
+                eos_token_id=tokenizer.eos_token_id,
+                batch_size=args.batch_size or config.decoding.batch_size,
+                on_tokens=count,
+            ):
+                if tree.depth.max() < min(2, tree_shape.num_layers):
+                    discarded += 1
+                    write_discarded(output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
+                else:
+                    grown += 1
+                    write_tree(output_dir, tree)
+                bar.update(1)
+    finally:
+        bar.close()
+        total = consolidate(output_dir)
+    seconds = time.time() - began
+    print(
+        f"{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "
+        f"({tokens / max(seconds, 1e-9):.0f} tokens/s); {output_dir} holds {total} trees"
+    )
+    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Completion:
         finished: whether it ended with the end-of-sequence token.
         log_prob: sum of log p_policy(a).
         reference_log_prob: sum of log p_reference(a).
+        step_log_ratios: the terms of log_ratio, one a step; empty after a beam search.
         value: in beam search, the unnormalised combined value of its last token, by which it was ranked.
         steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
     """
@@ -36,6 +37,7 @@ class Completion:
     finished: bool
     log_prob: float = float("nan")
     reference_log_prob: float = float("nan")
+    step_log_ratios: list[float] = field(default_factory=list)
     steps: list[dict] | None = None
     value: float = float("nan")
 
@@ -70,7 +72,7 @@ class _Rows:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         self.key, self.count, self.budget = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
-        self.tokens = zeros(torch.int64, budget)
+        self.tokens, self.log_ratios = zeros(torch.int64, budget), zeros(torch.float64, budget)
         self.log_prob, self.reference_log_prob = zeros(torch.float64), zeros(torch.float64)
         self.alive, self.finished = zeros(torch.bool), zeros(torch.bool)
 
@@ -83,6 +85,7 @@ class _Rows:
         short = int(max(j.budget for j in jobs)) - self.tokens.shape[1]
         if short > 0:
             self.tokens = torch.nn.functional.pad(self.tokens, (0, short))
+            self.log_ratios = torch.nn.functional.pad(self.log_ratios, (0, short))
         self.count[index] = 0
         self.log_prob[index] = self.reference_log_prob[index] = 0.0
         self.alive[index], self.finished[index] = True, False
@@ -95,8 +98,10 @@ class _Rows:
         place = self.count.clamp(max=self.tokens.shape[1] - 1).unsqueeze(1)
         kept = torch.where(self.alive, token, self.tokens.gather(1, place).squeeze(1))
         self.tokens.scatter_(1, place, kept.unsqueeze(1))
-        self.log_prob += torch.where(self.alive, step.p_tilt.gather(1, pick).squeeze(1).double().log(), 0.0)
-        self.reference_log_prob += torch.where(self.alive, step.p_ref.gather(1, pick).squeeze(1).double().log(), 0.0)
+        log_p, log_q = (p.gather(1, pick).squeeze(1).double().log() for p in (step.p_tilt, step.p_ref))
+        self.log_prob += torch.where(self.alive, log_p, 0.0)
+        self.reference_log_prob += torch.where(self.alive, log_q, 0.0)
+        self.log_ratios.scatter_(1, place, torch.where(self.alive, log_p - log_q, self.log_ratios.gather(1, place).squeeze(1)).unsqueeze(1))
         self.finished |= self.alive & (token.unsqueeze(1) == eos).any(1)
         self.count += self.alive
         self.alive &= ~self.finished & (self.count < self.budget)
@@ -216,7 +221,7 @@ def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[J
     index = torch.as_tensor(ended, device=rows.key.device)
     count, finished = rows.count[index].tolist(), rows.finished[index].tolist()
     log_prob, reference_log_prob = rows.log_prob[index].tolist(), rows.reference_log_prob[index].tolist()
-    tokens = rows.tokens[index].tolist()
+    tokens, log_ratios = rows.tokens[index].tolist(), rows.log_ratios[index].tolist()
     results = []
     for i, r in enumerate(ended):
         log_ratio = log_prob[i] - reference_log_prob[i] if policy.follows_reference else float("nan")
@@ -226,6 +231,7 @@ def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[J
             finished[i],
             log_prob[i],
             reference_log_prob[i] if policy.follows_reference else float("nan"),
+            log_ratios[i][: count[i]] if policy.follows_reference else [],
             traces[r] or None,
         )
         state = policy.save([r])[0] if jobs[r].keep_state and not finished[i] else None

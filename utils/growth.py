@@ -9,25 +9,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils import tilting
-from utils.decoding import Job, Prefix, check_prompts, run_jobs
+from utils.decoding import Completion, Job, Prefix, check_prompts, run_jobs
 from utils.policies import _Policy
 from utils.trees import Tree
 
-LENGTH_STREAM, TOKEN_STREAM = 1, 2  # keep the randomness of lengths and of tokens apart
+LENGTH_STREAM, TOKEN_STREAM, CUT_STREAM = 1, 2, 3  # keep the randomness of lengths, tokens and cuts apart
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Children of the root, of every other node, layers below the root, and tokens from the prompt's end to a leaf."""
+    """Children of the root, of every other node, layers below the root, and tokens from the prompt's end to a leaf.
+
+    With `dynamic_splitting` a child of the root that ended by itself is cut at a random point: its tail becomes a leaf
+    and the other children are grown from the cut, so that no child of the root of more than one token is a leaf.
+    """
 
     root_children: int
     non_root_children: int
     num_layers: int
     max_new_tokens: int
+    dynamic_splitting: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "dynamic_splitting" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -89,19 +94,28 @@ def grow_trees(
     check_prompts(list(prompts.values()), shape.max_new_tokens, policy.context)
     growing = {index: _Growing() for index in prompts}
 
-    def child_jobs(index: int, path: tuple[int, ...], start, used: int) -> list[Job]:
+    def child_jobs(index: int, path: tuple[int, ...], start, used: int, first: int = 0) -> list[Job]:
         layer, left = len(path), shape.max_new_tokens - used
         if layer >= shape.num_layers or left < 1:
             return []
         count = shape.non_root_children if path else shape.root_children
         jobs = []
-        for child in range(count):
+        for child in range(first, count):
             key = (seed, index, *path, child)
             budget = segment_length(left, layer, shape.num_layers, key)
             goes_on = layer + 1 < shape.num_layers and budget < left
             jobs.append(Job((*key, TOKEN_STREAM), start, budget, goes_on, (index, (*path, child), used)))
-        growing[index].open += count
+        growing[index].open += len(jobs)
         return jobs
+
+    def split(index: int, path: tuple[int, ...], done: Completion) -> list[Job]:
+        """Cut an ended child of the root: the tail is its first child; jobs of the others."""
+        tokens, ratios = done.token_ids, done.step_log_ratios
+        draw = tilting.fold_key((seed, index, *path, CUT_STREAM)) % (1 << 64)
+        cut = 1 + draw * (len(tokens) - 1) // (1 << 64)  # 1 .. len - 1
+        growing[index].segments[path] = (tokens[:cut], sum(ratios[:cut]), False)
+        growing[index].segments[(*path, 0)] = (tokens[cut:], sum(ratios[cut:]), True)
+        return child_jobs(index, path, Prefix([*prompts[index], *tokens[:cut]]), cut, first=1)
 
     queue: deque[Job] = deque()
     for index, tokens in prompts.items():
@@ -112,6 +126,8 @@ def grow_trees(
         tree.segments[path] = (completion.token_ids, completion.log_ratio, completion.finished)
         if on_tokens is not None:
             on_tokens(len(completion.token_ids))
+        if shape.dynamic_splitting and len(path) == 1 < shape.num_layers and completion.finished and len(completion.token_ids) > 1:
+            queue.extendleft(reversed(split(index, path, completion)))
         if state is not None:  # depth first, so that few states wait for their turn
             queue.extendleft(reversed(child_jobs(index, path, state, used + len(completion.token_ids))))
         tree.open -= 1
