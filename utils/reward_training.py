@@ -16,7 +16,7 @@ import torch
 
 from utils import cli, models, pooled_reward
 from utils.config import Config, ObjectiveSpec, RewardTrainingSpec
-from utils.judge import fit_judge_labels, fit_judge_pairs
+from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
 from utils.preferences import Conversation, LabelledText, Pair, dataset_of, read_labelled, read_pairs
 from utils.rewards import RewardSet, text_before_response
 from utils.text_formats import fill, reward_text
@@ -85,14 +85,14 @@ def accuracy(examples: Examples, logits: np.ndarray) -> dict:
     return report
 
 
-def bag_of_words(source: Examples, holdout: Examples) -> float:
-    """What the words alone achieve on the same held-out examples."""
+def bag_of_words(source: Examples, holdout: Examples) -> tuple[Judge, float]:
+    """A judge that reads words alone, and its accuracy on the same held-out examples."""
     if isinstance(source[0], Pair):
         groups = [e.conversation.first for e in source]
         judge = fit_judge_pairs([e.chosen for e in source], [e.rejected for e in source], groups)
     else:
         judge = fit_judge_labels([e.text for e in source], [e.label for e in source])
-    return float(correct(holdout, judge.score(sides(holdout)[1])).mean())
+    return judge, float(correct(holdout, judge.score(sides(holdout)[1])).mean())
 
 
 # --------------------------------------------------------------------------------------------------------- linear head

@@ -18,29 +18,13 @@ import torch
 
 from utils import models
 from utils.batching import length_batches, pad_right
-from utils.cli import DataError, found
+from utils.cli import DataError
 from utils.config import Config, DatasetSpec, ObjectiveSpec
+from utils.places import training_command
 from utils.pooled_reward import PooledHead, encode_texts, load_head, pooled_features, trunk_fingerprint
 from utils.text_formats import fill, format_of, reward_text, shown_to_reference
 
 TOKEN_BUDGET = 8192  # tokens of a batch, padding included
-
-
-def training_command(config: Config, spec: ObjectiveSpec) -> str:
-    """The command that makes an objective's reward model, or "" if it is a published one."""
-    if spec.training is None:
-        return ""
-    return f"python Finetuning/RM/train_reward_model.py --config {config.path} --objective {spec.name}"
-
-
-def reward_rows(config: Config, objectives: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What a `RewardSet` would load, for `report_dry_run`."""
-    rows = []
-    for spec in map(config.objective, objectives):
-        path = spec.function if spec.kind == "callable" else config.locate(spec.path)
-        where = "Python" if spec.kind == "callable" else found(path, training_command(config, spec))
-        rows.append((f"reward of {spec.name} ({spec.kind})", path, where))
-    return rows
 
 
 class RewardSet:
@@ -69,6 +53,7 @@ class RewardSet:
         pools: dict[tuple, _Pool] = {}
         self._scorers = []
         for spec in map(config.objective, self.objectives):
+            check_template(spec)
             if spec.kind == "callable":
                 self._scorers.append(_Callable(config, spec, device))
             elif spec.kind == "classifier":
@@ -114,6 +99,14 @@ class RewardSet:
                     f"response {responses[bad][:200]!r}); rewards must be finite numbers"
                 )
         return {name: scores[name] for name in self.objectives}
+
+
+def check_template(spec: ObjectiveSpec) -> None:
+    """Raise a DataError where an objective's text has a field that there is not."""
+    try:
+        reward_text(spec.text, prompt="", user="", shown="", response="", bos="", eos="")
+    except ValueError as error:
+        raise DataError(f"objectives.{spec.name}.text: {error}") from None
 
 
 def text_before_response(spec: ObjectiveSpec) -> str:

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils import models
     from utils import reward_training as training
+    from utils.judge import judge_path
 
     if args.output_dir is None:
         training.check_head(config, spec)
@@ -93,7 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         report_to = "wandb" if args.wandb else "none"
         metrics = training.train_full(config, spec, output, source, holdout, device, args.bf16, report_to)
-    metrics |= {"bag_of_words": training.bag_of_words(source, holdout), "num_train": len(source)}
+    judge, words = training.bag_of_words(source, holdout)
+    if spec.training.kind == "preference" and args.output_dir is None:
+        judge.save(judge_path(config, spec.name))  # evaluation logs it beside the reward; no stage trains on it
+    metrics |= {"bag_of_words": words, "num_train": len(source)}
     metrics |= {"seconds": round(time.monotonic() - started, 1), "arguments": arguments}
     training.write_metrics(output, metrics)
     print(f"{training.summary(spec.name, metrics)}\nsaved {output}")
