@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,8 +132,6 @@ def main(argv=None) -> int:
             raise UsageError(f"{place}, so --{name} is needed")
     data_dir = Path(args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}"))
     init = config.locate(args.init_checkpoint) if args.init_checkpoint else None
-
-    from utils.models import check_adapter_folder, reference_path, value_model_folder
 
     output = Path(args.output_dir) if args.output_dir else value_model_folder(config, None, iteration, objective.name)
     reference, made_by = reference_path(config, dataset)

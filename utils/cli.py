@@ -40,9 +40,7 @@ def run(main: Callable[[], int | None]) -> int:
         return int(main() or 0)
     except (UsageError, ConfigError) as error:
         return _fail(error, 2)
-    except (DataError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        return _fail(error, 1)
-    except OSError as error:  # no space left, a hub that cannot be reached, ...
+    except (DataError, OSError) as error:  # a file that is not there, no space left, a hub that cannot be reached, ...
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
@@ -52,7 +50,10 @@ def run(main: Callable[[], int | None]) -> int:
 def _fail(error: Exception, status: int) -> int:
     if os.environ.get("MAVIS_DEBUG"):
         raise error
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # not "[Errno 17] File exists: '...'"
+        text = f"{error.filename}: {error.strerror}"
+    print("error: " + " ".join(text.split()), file=sys.stderr)
     return status
 
 
@@ -71,6 +72,8 @@ def parse_weights(text: str, objectives: Sequence[str]) -> dict[str, float]:
     """
     order = ",".join(objectives)
     cells = [c.strip() for c in text.split(",")]
+    if not any(cells):
+        raise UsageError(f"--obj_weights {text!r} has no weight; give numbers that sum to 1, in the order {order}")
     if len(cells) > len(objectives):
         raise UsageError(f"--obj_weights {text!r} has {len(cells)} weights for the {len(objectives)} objectives {order}")
     try:
@@ -100,7 +103,7 @@ def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[
     for name, cell in zip(objectives, cells, strict=True):
         if name not in weights:
             continue
-        if not cell.isdigit():
+        if not cell.isdecimal():
             raise UsageError(f"--value_model_iter {text!r}: {name} has a weight and needs an iteration (0, 1, ...), got {cell!r}")
         iterations[name] = int(cell)
     return iterations
@@ -131,13 +134,15 @@ def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: s
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' load reports and progress bars out of a stage's output."""
+    """Keep libraries' load reports, progress bars and notes about retries out of a stage's output."""
+    import logging as standard_logging
     import warnings
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard_logging.getLogger("huggingface_hub").setLevel(standard_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from utils.cli import DataError, UsageError, add_common, config_from, found, parse_weights, progress, report_dry_run
 from utils.config import Config, DatasetSpec, nearest
 from utils.judge import distinct_ratio
+from utils.places import reference_path, reward_rows, training_command
 from utils.runs import Run, RunSpec, describe_weights, fingerprint, format_summary, open_run, read_arguments, summarize
 
 # (prompts as token ids, keys, on_completion) -> the candidates of each answer; there is one prompt and key per answer,
@@ -115,7 +116,7 @@ def resolve(args: Namespace) -> Settings:
     settings = Settings(
         config=config,
         spec=spec,
-        weights=parse_weights(args.obj_weights, spec.objectives) if args.obj_weights else {},
+        weights={} if args.obj_weights is None else parse_weights(args.obj_weights, spec.objectives),
         split=args.data_split,
         num_prompts=given(args.num_prompts, config.evaluation.num_prompts),
         num_prompts_given=args.num_prompts is not None,
@@ -365,29 +366,31 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
 
 def checkpoints(settings: Settings, method: Method) -> dict[str, tuple[str, str]]:
     """{what: (path, the command that makes it)} of everything that decodes."""
-    config, spec = settings.config, settings.spec
-    made_by = config.base_model.made_by if spec.sft_model == config.base_model.path else ""
-    made_by = (
-        made_by or f"python Finetuning/SFT/sft.py --exp_type {spec.exp_type}, then Finetuning/SFT/merge_sft_lora.py"
-    )
-    return {"reference": (config.sft_path(spec), made_by)} | method.checkpoints
+    return {"reference": reference_path(settings.config, settings.spec)} | method.checkpoints
 
 
 def check_checkpoints(settings: Settings, method: Method) -> None:
-    """Look for every local checkpoint before a run folder is made.
+    """Look for everything that a command of the project makes before a run folder is made.
 
     Raises:
         DataError: which is missing, where it was looked for, and the command that makes it.
     """
+    config = settings.config
     for what, (path, made_by) in method.checkpoints.items():
         if not Path(path).exists():
             raise DataError(f"{what}: nothing at {path}; make it with: {made_by}")
+    needed = {f"reference of {settings.spec.name}": reference_path(config, settings.spec)}
+    for spec in map(config.objective, settings.spec.objectives):
+        if spec.kind != "callable":
+            needed[f"reward model of {spec.name}"] = (config.locate(spec.path), training_command(config, spec))
+    for what, (path, made_by) in needed.items():  # what no command makes may be on the Hub
+        if made_by and not Path(path).exists():
+            raise DataError(f"{what}: nothing at {config.default_path(path)}; make it with: {made_by}")
 
 
 def dry_run(settings: Settings, method: Method) -> None:
     """Print what the run would load, and from where."""
     from utils.data import prompts_csv
-    from utils.rewards import reward_rows
 
     config, spec = settings.config, settings.spec
     file = prompts_csv(config, spec, settings.split)
@@ -465,7 +468,11 @@ def evaluate_method(settings: Settings, method: Method) -> int:
         else:
             if run.samples:
                 print(f"going on after {len(run.samples)} of {len(prompts) * settings.num_trials} answers")
-            evaluate_run(run, settings, method, prompts)
+            try:
+                evaluate_run(run, settings, method, prompts)
+            except DataError:
+                run.discard_if_empty()
+                raise
         print(format_summary(read_arguments(run.folder), summarize(run.samples)), end="")
     return 0
 

@@ -6,7 +6,6 @@ are safetensors, and a checkpoint that has none is refused.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import (
 
 from utils.cli import DataError, quiet_libraries
 from utils.config import Config, DatasetSpec, ModelSpec
+from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 quiet_libraries()
 
@@ -111,16 +111,6 @@ def _layers(num_layers: int | None) -> dict:
     return {} if num_layers is None else {"num_hidden_layers": num_layers}
 
 
-def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
-    """Where the reference of a data set lies, and the command that makes it."""
-    made_by = ""  # a checkpoint that the configuration names may be on the Hub
-    if not dataset.sft_model:
-        made_by = f"Finetuning/SFT/sft.py --exp_type {dataset.exp_type} ..., then Finetuning/SFT/merge_sft_lora.py"
-    elif dataset.sft_model == config.base_model.path:
-        made_by = config.base_model.made_by
-    return config.sft_path(dataset), made_by
-
-
 def load_reference(
     config: Config, dataset: DatasetSpec, device: torch.device, path: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -145,12 +135,6 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.f
 
 
 # ------------------------------------------------------------------------------------------------------- value models
-
-
-def value_model_folder(config: Config, value_model_dir: str | Path | None, iteration: int, objective: str) -> Path:
-    """<value_model_dir>/iter_<N>/<objective>."""
-    root = Path(value_model_dir) if value_model_dir else config.default_path("value_models")
-    return root / f"iter_{iteration}" / objective
 
 
 def _value_base(config: Config, spec: ModelSpec, vocab_size: int, pad_token_id: int | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -232,17 +216,6 @@ def load_value_models(
     for name, folder in folders.items():  # all are looked for before the first is loaded
         check_adapter_folder(folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}")
     return {name: load_value_model(config, folder, tokenizer, vocab_size, device) for name, folder in folders.items()}
-
-
-def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
-    """Raise a DataError unless `folder` holds a PEFT adapter in safetensors."""
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
-    if missing:
-        raise DataError(f"{what}: no {' and no '.join(missing)} in {folder}" + (f"; make it with: {made_by}" if made_by else ""))
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-    except ValueError:
-        raise DataError(f"{what}: {folder / 'adapter_config.json'} is not JSON") from None
 
 
 def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:

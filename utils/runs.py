@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -274,6 +275,12 @@ class Run:
         figures = summarize(self.samples)
         write_atomically(self.folder / SUMMARY, format_summary(self.arguments, figures) + note)
         return figures
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that could not start: it has no rows, and its command would make it again."""
+        if self._stream is not None and not self.samples:
+            shutil.rmtree(self.folder)
+            self.close()
 
     def close(self) -> None:
         if self._stream is not None:

@@ -1,0 +1,55 @@
+"""Where checkpoints lie, and the commands that make them. Nothing heavy is imported: a dry run is instant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.cli import DataError, found
+from utils.config import Config, DatasetSpec, ObjectiveSpec
+
+
+def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
+    """Where the reference of a data set lies, and the command that makes it."""
+    made_by = ""  # a checkpoint that the configuration names may be on the Hub
+    if not dataset.sft_model:
+        made_by = f"Finetuning/SFT/sft.py --exp_type {dataset.exp_type} ..., then Finetuning/SFT/merge_sft_lora.py"
+    elif dataset.sft_model == config.base_model.path:
+        made_by = config.base_model.made_by
+    return config.sft_path(dataset), made_by
+
+
+def value_model_folder(config: Config, value_model_dir: str | Path | None, iteration: int, objective: str) -> Path:
+    """<value_model_dir>/iter_<N>/<objective>."""
+    root = Path(value_model_dir) if value_model_dir else config.default_path("value_models")
+    return root / f"iter_{iteration}" / objective
+
+
+def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
+    """Raise a DataError unless `folder` holds a PEFT adapter in safetensors."""
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+    if missing:
+        hint = f"; make it with: {made_by}" if made_by else ""
+        raise DataError(f"{what}: no {' and no '.join(missing)} in {folder}{hint}")
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except ValueError:
+        raise DataError(f"{what}: {folder / 'adapter_config.json'} is not JSON") from None
+
+
+def training_command(config: Config, spec: ObjectiveSpec) -> str:
+    """The command that makes an objective's reward model, or "" if it is a published one."""
+    if spec.training is None:
+        return ""
+    return f"python Finetuning/RM/train_reward_model.py --config {config.path} --objective {spec.name}"
+
+
+def reward_rows(config: Config, objectives: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What a `RewardSet` would load, for `report_dry_run`."""
+    rows = []
+    for spec in map(config.objective, objectives):
+        path = spec.function if spec.kind == "callable" else config.locate(spec.path)
+        where = "Python" if spec.kind == "callable" else found(path, training_command(config, spec))
+        rows.append((f"reward of {spec.name} ({spec.kind})", path, where))
+    return rows
