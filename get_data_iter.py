@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from pathlib import Path
 
 from utils import cli
 from utils.collection import add_collection_arguments, collect, dry_run
+from utils.places import check_adapter_folder
 
 SHAPE = {"root_children": 2, "non_root_children": 3, "num_layers": 4}  # published for iterations above 0
 
@@ -26,7 +28,7 @@ def build_parser() -> ArgumentParser:
     group = parser.add_argument_group("steering")
     group.add_argument("--value_model_dir", help="folder of iter_<N>/<objective> (default: value_models in the workspace)")
     group.add_argument("--value_model_iter", type=int, default=0, help="iteration of the value model (default: 0)")
-    group.add_argument("--beta", type=float, required=True, help="strength of the tilt, above 0")
+    group.add_argument("--beta", type=float, required=True, help="strength of the tilt, at least 0")
     group.add_argument(
         "--dynamic_splitting",
         action=BooleanOptionalAction,
@@ -40,17 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
-    [objective] = cli.objectives_of(dataset, args.objective)[:1]
+    objective, *more = cli.objectives_of(dataset, args.objective)
+    if more:
+        raise cli.UsageError(f"OBJECTIVE {args.objective}: one value model steers; valid: {', '.join(dataset.objectives)}")
     beta = cli.check_beta(args.beta)
+    if args.value_model_iter < 0:
+        raise cli.UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
     iteration = args.value_model_iter
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, f"iter_{iteration + 1}", objective)
     root = args.value_model_dir or str(config.default_path("value_models"))
     folder = f"{root}/iter_{iteration}/{objective}"
+    made_by = f"train_value_model.py --objective {objective} --output_dir {folder}"
     if args.dry_run:
-        made_by = f"train_value_model.py --objective {objective} --output_dir {folder}"
         return dry_run(config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))])
 
     from utils.runs import fingerprint
+
+    check_adapter_folder(Path(folder), f"value model of {objective}", f"python {made_by}")
 
     def build(reference, tokenizer, device, top_k, temperature):
         from utils.models import load_value_models, vocabulary_size

@@ -9,10 +9,11 @@ Trees that have the values already are skipped, so that a killed run is complete
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
 from utils import cli
+from utils.places import reward_rows
 
 
 def build_parser() -> ArgumentParser:
@@ -23,6 +24,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--check_trees", action="store_true", help="only check that every tree is sound and labelled")
     parser.add_argument("--relabel", action="store_true", help="score again what has values already")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per reward model's batch (default: 32)")
+    parser.add_argument("--bf16", action=BooleanOptionalAction, default=False, help="run the reward models in bfloat16")
     cli.add_common(parser)
     return parser
 
@@ -32,13 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     objectives = cli.objectives_of(dataset, args.objective)
+    if args.batch_size < 1:
+        raise cli.UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     if args.dry_run:
-        rows = [("trees", args.data_dir, cli.found(str(args.data_dir), "get_data_base.py"))]
-        for name in objectives:
-            spec = config.objective(name)
-            place = spec.function or config.locate(spec.path)
-            rows.append((f"reward {name}", place, "Python" if spec.function else cli.found(place, f"train_reward_model.py --objective {name}" if spec.training else "")))
-        cli.report_dry_run(rows)
+        trees = ("trees", args.data_dir, cli.found(str(args.data_dir), "get_data_base.py"))
+        cli.report_dry_run([trees, *reward_rows(config, objectives)])
         return 0
     from utils.hdf5_utils import read_trees, tree_indices
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.models import load_tokenizer, pick_device
     from utils.rewards import RewardSet
 
-    rewards = RewardSet(config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size)
+    rewards = RewardSet(config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16)
     tokenizer = load_tokenizer(config.sft_path(dataset))
     labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
     trees = list(read_trees(args.data_dir))

@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     output_dir = args.output_dir or config.default_path("data_for_training", dataset.name, args.data_dir.resolve().name)
+    if args.num_val is not None and args.num_val < 1:
+        raise cli.UsageError(f"--num_val must be at least 1, got {args.num_val}")
+    if output_dir.resolve() == args.data_dir.resolve():
+        raise cli.UsageError(f"--output_dir {output_dir} is the folder of the trees; give another")
     if args.dry_run:
         cli.report_dry_run([("trees", args.data_dir, cli.found(str(args.data_dir), "label_tree.py")), ("data", output_dir, "made by this stage")])
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
@@ -38,17 +39,35 @@ def add_collection_arguments(parser: ArgumentParser) -> None:
 def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: Path, more=()) -> int:
     """Print what the collection would load."""
     from utils.data import prompts_csv
+    from utils.places import reference_path
 
-    csv, reference = prompts_csv(config, dataset, args.data_split), config.sft_path(dataset)
+    check_arguments(dataset, args)
+    csv = prompts_csv(config, dataset, args.data_split)
+    reference, made_by = reference_path(config, dataset)
     cli.report_dry_run(
         [
-            ("reference", reference, cli.found(reference, "" if dataset.sft_model else "Finetuning/SFT/merge_sft_lora.py")),
+            ("reference", reference, cli.found(reference, made_by)),
             ("prompts", str(csv), cli.found(str(csv), f"dataset_preprocess.py {dataset.name} --split {args.data_split}")),
             *more,
             ("trees", str(output_dir), "made by this stage"),
         ]
     )
     return 0
+
+
+def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
+    """Raise a UsageError (or a ConfigError for the split) unless every number can be meant."""
+    from utils.data import split_source
+
+    split_source(dataset, args.data_split)
+    if args.start < 0 or args.num < 1:
+        raise cli.UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
+    for name in ("root_children", "non_root_children", "num_layers", "max_new_tokens", "topk", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise cli.UsageError(f"--{name} must be at least 1, got {value}")
+    if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature > 0):
+        raise cli.UsageError(f"--temperature must be a finite number above 0, got {args.temperature}")
 
 
 def collect(
@@ -76,8 +95,7 @@ def collect(
     from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
     from utils.models import load_reference, pick_device
 
-    if args.start < 0 or args.num < 1:
-        raise cli.UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
+    check_arguments(dataset, args)
     fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
     fields |= {k: getattr(args, k) for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens") if getattr(args, k) is not None}
     tree_shape = TreeShape(**fields)
@@ -87,19 +105,17 @@ def collect(
     texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
     if args.start >= len(texts):
         raise cli.DataError(f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}")
-    claim_collection(
-        output_dir,
-        {
-            **policy,
-            "reference": config.sft_path(dataset),
-            "dataset": dataset.name,
-            "data_split": args.data_split,
-            "temperature": temperature,
-            "top_k": top_k,
-            "seed": seed,
-            **{name: value for name, value in vars(tree_shape).items() if value is not False},
-        },
-    )
+    made_with = {
+        **policy,
+        "reference": config.sft_path(dataset),
+        "dataset": dataset.name,
+        "data_split": args.data_split,
+        "temperature": temperature,
+        "top_k": top_k,
+        "seed": seed,
+        **{name: value for name, value in vars(tree_shape).items() if value is not False},
+    }
+    claim_collection(output_dir, made_with, only_check=True)
     known = set(stored_indices(output_dir))
     missing = [i for i in range(args.start, min(args.start + args.num, len(texts))) if i not in known]
     began, tokens, grown, discarded = time.time(), 0, 0, 0
@@ -110,12 +126,19 @@ def collect(
         tokens += n
         bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s", refresh=False)
 
+    if missing:
+        device = pick_device(args.device)
+        reference, tokenizer = load_reference(config, dataset, device)
+        decoder = build(reference, tokenizer, device, top_k, temperature)
+        room = None if decoder.context is None else decoder.context - tree_shape.max_new_tokens
+        if room is not None and room < 1:
+            raise cli.DataError(
+                f"--max_new_tokens {tree_shape.max_new_tokens} leaves no room for a prompt: the models attend to "
+                f"{decoder.context} tokens"
+            )
+        encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], room)
+        claim_collection(output_dir, made_with)  # not before everything is loaded: a failure leaves no folder
     try:
-        if missing:
-            device = pick_device(args.device)
-            reference, tokenizer = load_reference(config, dataset, device)
-            decoder = build(reference, tokenizer, device, top_k, temperature)
-            encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], decoder.context)
         for first in range(0, len(missing), CHUNK):
             for tree in grow_trees(
                 decoder,
@@ -124,7 +147,7 @@ def collect(
                 tree_shape,
                 seed=seed,
                 eos_token_id=tokenizer.eos_token_id,
-                batch_size=args.batch_size or config.decoding.batch_size,
+                batch_size=config.decoding.batch_size if args.batch_size is None else args.batch_size,
                 on_tokens=count,
             ):
                 if tree.depth.max() < min(2, tree_shape.num_layers):

@@ -48,8 +48,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def claim_collection(data_dir: Path, arguments: dict) -> None:
-    """Record what a folder's trees are made with, or check that it is the same.
+def claim_collection(data_dir: Path, arguments: dict, *, only_check: bool = False) -> None:
+    """Record what a folder's trees are made with (unless `only_check`), or check that it is the same.
 
     Raises:
         DataError: the folder was made with other arguments.
@@ -64,7 +64,8 @@ def claim_collection(data_dir: Path, arguments: dict) -> None:
                     "give another --output_dir or the same arguments"
                 )
         return
-    write_atomically(path, json.dumps(arguments, indent=1, sort_keys=True) + "\n")
+    if not only_check:
+        write_atomically(path, json.dumps(arguments, indent=1, sort_keys=True) + "\n")
 
 
 def write_tree(data_dir: Path, tree: Tree) -> None:

@@ -34,6 +34,7 @@ from utils.runs import (
     ARGUMENTS,
     MEASURES,
     REWARDS,
+    SAMPLES,
     SUMMARY,
     describe_weights,
     mean_and_error,
@@ -127,7 +128,8 @@ def load_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
         if (path / ARGUMENTS).is_file():
             folders[path] = None
         else:
-            folders.update(dict.fromkeys(f.parent for f in sorted(path.rglob(ARGUMENTS))))
+            found = (f.parent for f in sorted(path.rglob(ARGUMENTS)))
+            folders.update(dict.fromkeys(f for f in found if (f / SAMPLES).is_file()))  # value models have args.yaml too
     newest: dict[str, RunRecord] = {}
     left_out = []
     for folder in folders:

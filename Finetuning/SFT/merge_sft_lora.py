@@ -48,7 +48,7 @@ def build_parser() -> ArgumentParser:
 
 
 def find_adapter(args: Namespace, config: Config) -> Path:
-    """The adapter's folder.
+    """The adapter's folder (in a dry run also where it would be).
 
     Raises:
         UsageError: neither --lora_name nor --exp_type says which.
@@ -61,6 +61,8 @@ def find_adapter(args: Namespace, config: Config) -> Path:
     if not args.lora_name:
         folders = folders[2:]
     folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None and args.dry_run:
+        return folders[-1]
     if folder is None:
         raise DataError(
             f"no adapter {', '.join(str(f) for f in folders)}; make it with: "
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         rows = [
             ("base model", base, found(base, config.base_model.made_by)),
-            ("adapter", str(adapter), "here"),
+            ("adapter", str(adapter), found(adapter, f"python Finetuning/SFT/sft.py --exp_type {args.exp_type or '...'}")),
             ("merged model", str(output), "here" if output.exists() else "would be made"),
         ]
         report_dry_run(rows)
