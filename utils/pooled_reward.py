@@ -285,8 +285,8 @@ def standardised(weight: np.ndarray, bias: float, features: np.ndarray) -> tuple
 L2_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
-def choose_l2(fit, x, y: np.ndarray, groups: Sequence[str], grid: Sequence[float] = L2_GRID, folds: int = 5) -> float:
-    """The penalty with the best log-loss on held-out folds.
+def held_out_margins(fit, x, y: np.ndarray, groups: Sequence[str], l2: float, folds: int = 5) -> np.ndarray:
+    """(N,) logits of the right answer for each row, by a model that was fitted without its fold.
 
     Args:
         fit: (indices, l2) -> (weight, intercept), fitted on those rows of x.
@@ -294,13 +294,16 @@ def choose_l2(fit, x, y: np.ndarray, groups: Sequence[str], grid: Sequence[float
         groups: (N,); rows of one group fall into one fold.
     """
     fold = np.array([int(hashlib.sha256(str(g).encode()).hexdigest()[:8], 16) % folds for g in groups])
-    losses = np.zeros(len(grid))
-    for held in range(folds):
+    margins = np.zeros(len(y))
+    for held in np.unique(fold):
         inside, outside = np.flatnonzero(fold != held), np.flatnonzero(fold == held)
-        if not len(inside) or not len(outside):
-            continue
-        for i, l2 in enumerate(grid):
+        if len(inside):
             weight, bias = fit(inside, l2)
-            margin = np.where(y[outside] > 0.5, 1.0, -1.0) * (x[outside] @ weight + bias)
-            losses[i] += np.logaddexp(0, -margin).sum()
+            margins[outside] = np.where(y[outside] > 0.5, 1.0, -1.0) * (x[outside] @ weight + bias)
+    return margins
+
+
+def choose_l2(fit, x, y: np.ndarray, groups: Sequence[str], grid: Sequence[float] = L2_GRID) -> float:
+    """The penalty with the best log-loss on held-out folds; arguments as in `held_out_margins`."""
+    losses = [np.logaddexp(0, -held_out_margins(fit, x, y, groups, l2)).mean() for l2 in grid]
     return float(grid[int(np.argmin(losses))])
