@@ -157,7 +157,14 @@ def main(argv=None) -> int:
     from utils import runs
     from utils import value_training as vt
     from utils.hdf5_utils import read_trees
-    from utils.models import load_tokenizer, new_value_model, pick_device, resolved_config, vocabulary_size
+    from utils.models import (
+        load_tokenizer,
+        new_value_model,
+        pick_device,
+        resolved_config,
+        vocabulary_hash,
+        vocabulary_size,
+    )
 
     accelerator = Accelerator(cpu=args.device == "cpu")
     device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
@@ -208,7 +215,9 @@ def main(argv=None) -> int:
         log=lambda row: wandb.log({k: float(v) for k, v in row.items() if v != ""}) if wandb else None,
     )  # fmt: skip
     if accelerator.is_main_process:
-        vt.save_adapter(model, folder, {"objective": objective.name, "label": config.label, **metrics})
+        known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
+        record = {"objective": objective.name, "label": config.label, "vocabulary": known, **metrics}
+        vt.save_adapter(model, folder, record)
         vt.publish(folder, output)
     if wandb:
         wandb.summary.update(vt.plain_json(metrics["validation"]))

@@ -6,6 +6,9 @@ are safetensors, and a checkpoint that has none is refused.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -119,7 +122,13 @@ def load_reference(
     path, made_by = (path, "") if path else (default, made_by)
     what = f"reference model of {dataset.name}"
     model = load_causal_lm(path, device, dtype or pick_dtype(config, device), what=what, made_by=made_by)
-    return model, load_tokenizer(path, made_by=made_by)
+    tokenizer = load_tokenizer(path, made_by=made_by)
+    if len(tokenizer) > vocabulary_size(model):
+        raise DataError(
+            f"{what}: the tokenizer in {path} has {len(tokenizer)} tokens, the model {vocabulary_size(model)}; "
+            "it was saved with another model"
+        )
+    return model, tokenizer
 
 
 def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -137,7 +146,62 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.f
 # ------------------------------------------------------------------------------------------------------- value models
 
 
-def _value_base(config: Config, spec: ModelSpec, vocab_size: int, pad_token_id: int | None, dtype: torch.dtype) -> PreTrainedModel:
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells one vocabulary from another: a hash of its tokens, in the order of their ids."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256("\0".join(f"{i} {token}" for token, i in tokens).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary_at(path: str) -> dict[int, str] | None:
+    """{id: token} of a checkpoint's tokenizer; None for a folder without one."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in names):
+        return None
+    return {i: token for token, i in load_tokenizer(path).get_vocab().items()}
+
+
+def _check_same_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A value model reads the reference's token ids, so its base must mean the same tokens by them.
+
+    One in a hundred may differ (special tokens under other names), and either may have more tokens than the other.
+
+    Raises:
+        DataError: another vocabulary; the first token that differs is named.
+    """
+    if path == tokenizer.name_or_path:
+        return
+    base = _vocabulary_at(path)
+    if base is None:
+        return
+    reference = {i: token for token, i in tokenizer.get_vocab().items()}
+    common = sorted(base.keys() & reference.keys())
+    differ = [i for i in common if base[i] != reference[i]]
+    if len(differ) * 100 > len(common) or not common:
+        first = differ[0] if differ else 0
+        raise DataError(
+            f"base of the value models: {path} has another vocabulary than the reference {tokenizer.name_or_path}: "
+            f"{len(differ)} of {len(common)} tokens differ (id {first} is {base.get(first)!r} and "
+            f"{reference.get(first)!r}); name a value_model.path with the reference's tokenizer"
+        )
+
+
+def _check_trained_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a DataError if a value model's folder records another vocabulary than the reference's."""
+    try:
+        recorded = json.loads((folder / "metrics.json").read_text())["vocabulary"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # an adapter from elsewhere
+    if recorded["hash"] != vocabulary_hash(tokenizer):
+        raise DataError(
+            f"the value model in {folder} was trained for another vocabulary ({recorded['size']} tokens) than that of "
+            f"the reference {tokenizer.name_or_path} ({len(tokenizer)} tokens); train it on trees of this reference"
+        )
+
+
+def _value_base(
+    config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int, dtype: torch.dtype
+) -> PreTrainedModel:
     path = config.locate(spec.path)
     model = _load(
         AutoModelForSequenceClassification,
@@ -148,9 +212,10 @@ def _value_base(config: Config, spec: ModelSpec, vocab_size: int, pad_token_id: 
         num_labels=1,
         **_layers(spec.num_layers),
     )
+    _check_same_tokens(path, tokenizer)
     if model.get_input_embeddings().num_embeddings != vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    model.config.pad_token_id = pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
@@ -171,9 +236,10 @@ def new_value_model(
         raise DataError(f"{config.path}: value_model.lora is missing")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = _value_base(config, spec, vocab_size, tokenizer.pad_token_id, torch.float32)
+        base = _value_base(config, spec, tokenizer, vocab_size, torch.float32)
         if init_checkpoint:
             check_adapter_folder(Path(init_checkpoint), "value model to continue")
+            _check_trained_for(Path(init_checkpoint), tokenizer)
             return _load_adapter(base, init_checkpoint, is_trainable=True).to(device)
         torch.nn.init.zeros_(base.score.weight)
         lora = LoraConfig(
@@ -197,8 +263,8 @@ def load_value_model(
     """
     folder = Path(folder)
     check_adapter_folder(folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}")
-    spec = config.value_model
-    base = _value_base(config, spec, vocab_size, tokenizer.pad_token_id, torch.float32)
+    _check_trained_for(folder, tokenizer)
+    base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
     merged = _load_adapter(base, folder).merge_and_unload()
     return merged.to(device, dtype or pick_dtype(config, device)).eval()
 
