@@ -548,6 +548,12 @@ def test_labels_are_read_in_any_spelling_and_shown_after_prompts(base, tmp_path)
     read = read_labelled(config, config.dataset("talk"), spec, source, max_rows=50)
     assert {t.label for t in read} == {0, 1} and len({t.conversation.shown for t in read}) > 20
     assert read == read_labelled(config, config.dataset("talk"), spec, source, max_rows=50)
+    row = {"text": "\n\nHuman: now?\n\nAssistant: on the day", "nice": 1}
+    other = {"text": "a", "nice": 0, "prompt": "\n\nHuman: then?\n\nAssistant: "}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+    whole = dataclasses.replace(source, hash_range=(0.0, 1.0))
+    own = read_labelled(config, config.dataset("talk"), spec, whole, data_files=[str(tmp_path / "t.jsonl")])
+    assert [(t.conversation.user, t.text) for t in own] == [("now?", "on the day"), ("then?", "a")]
     (tmp_path / "t.jsonl").write_text('{"text": "a", "nice": "maybe"}\n')
     with pytest.raises(DataError, match="'maybe'; expected 0 or 1"):
         read_labelled(config, config.dataset("talk"), spec, source, data_files=[str(tmp_path / "t.jsonl")])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec, ObjectiveSpec, SourceSpec
 from utils.data import in_hash_range, iter_rows
-from utils.text_formats import RowDropped, format_of, last_turn, shown_to_reference
+from utils.text_formats import ASSISTANT, RowDropped, format_of, last_turn, shown_to_reference
 
 TRUE, FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
@@ -148,17 +148,19 @@ def read_labelled(
     objective: ObjectiveSpec,
     source: SourceSpec,
     *,
+    eos: str = "",
     max_rows: int | None = None,
     data_files: Sequence[str] = (),
     counts: Counter | None = None,
 ) -> list[LabelledText]:
     """The source's labelled texts in their order, each shown as the answer to a prompt of the data set.
 
-    Which prompt is drawn by the text alone. A reward of answers has to hold whatever was asked; shown after one fixed
-    prompt, a head may lean on states that other prompts change. A template without the prompt needs none.
+    A text that is a dialogue, or whose row has a `prompt`, brings its own. For any other a prompt is drawn, by the text
+    alone: a reward of answers has to hold whatever was asked, and shown after one fixed prompt, a head may lean on
+    states that other prompts change. A template without the prompt needs none.
     """
     training = objective.training
-    prompts = _prompts(config, spec) if re.search(r"\{(prompt|user|shown)\}", objective.text) else [""]
+    drawn: list[str] | None = None if re.search(r"\{(prompt|user|shown)\}", objective.text) else [""]
     counts = Counter() if counts is None else counts
     texts = []
     for row in iter_rows(source, config, data_files):
@@ -173,17 +175,38 @@ def read_labelled(
         text, label = str(row[training.text_column] or "").strip(), str(row[training.label_column]).strip().lower()
         if label not in TRUE + FALSE:
             raise DataError(f"a label of {objective.name} is {label!r}; expected 0 or 1, or true or false")
-        if not text:
-            counts["empty text"] += 1
-        elif in_hash_range(text, source):
-            prompt = random.Random(text).choice(prompts)  # a string seeds by its SHA-512, the same everywhere
-            conversation = conversation_of(spec, prompt, prompt, "") if prompt else Conversation("", "", "", text)
-            texts.append(LabelledText(conversation, text, int(label in TRUE)))
+        try:
+            prompt, text, first = _own_prompt(spec, row, text)
+        except RowDropped as dropped:
+            counts[str(dropped)] += 1
+            continue
+        if not in_hash_range(first or text, source):
+            continue
+        if not prompt:
+            drawn = _prompts(config, spec) if drawn is None else drawn
+            prompt = first = random.Random(text).choice(drawn)  # a string seeds by its SHA-512, the same everywhere
+        conversation = conversation_of(spec, prompt, first, eos) if prompt else Conversation("", "", "", text)
+        texts.append(LabelledText(conversation, text, int(label in TRUE)))
     if len({t.label for t in texts}) < 2:
         raise DataError(
             f"the labelled texts of {objective.name} must have both labels, found {len(texts)} texts ({dict(counts)})"
         )
     return texts
+
+
+def _own_prompt(spec: DatasetSpec, row: dict, text: str) -> tuple[str, str, str]:
+    """(conversation or "", response, first prompt or "") of a labelled text; raises RowDropped."""
+    if not text:
+        raise RowDropped("empty text")
+    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
+        prompt = format_of(spec).prompt_of_row(row)
+        return prompt, text.removeprefix(row["prompt"].strip()).strip(), prompt
+    dialogue = f"\n\n{text}"
+    if len(dialogue_turns(dialogue)) and f"\n\n{ASSISTANT}" in dialogue:
+        first = format_of(spec).prompt_of_row({"chosen": dialogue})
+        head, response = last_turn(dialogue)
+        return head if len(dialogue_turns(head)) > 1 else first, response, first
+    return "", text, ""
 
 
 def _prompts(config: Config, spec: DatasetSpec) -> list[str]:

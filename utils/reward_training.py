@@ -39,7 +39,7 @@ def read_examples(
         )
     else:
         source, holdout = (
-            read_labelled(config, dataset, spec, s, max_rows=rows, data_files=data_files, counts=c)
+            read_labelled(config, dataset, spec, s, eos=eos, max_rows=rows, data_files=data_files, counts=c)
             for s, rows, c in (
                 (training.source, training.max_rows, counts),
                 (training.holdout, HOLDOUT_LABELS, Counter()),
