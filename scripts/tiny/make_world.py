@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import quiet_libraries, run
 
-VERSION = 1  # of what is made; another number makes the world again
-NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS, NUM_PAIRS, NUM_HUMOR = 120, 600, 120, 800, 3000
+VERSION = 2  # of what is made; another number makes the world again
+NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS, NUM_PAIRS = 120, 600, 120, 800
+NUM_HUMOR = {"train": 4000, "test": 500}
 ANSWER_WORDS = 16
 SPECIAL = ("[PAD]", "<s>", "</s>", "<unk>")
 
@@ -31,7 +32,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description="make the tiny world: data files and a base model trained from scratch")
     parser.add_argument("--config", default="configs/tiny.yaml", help="configuration whose workspace is filled")
     parser.add_argument("--workspace", help="folder to fill (default: the configuration's)")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the base model (default: 600)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the base model (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the training (default: 0)")
     return parser
 
@@ -66,7 +67,7 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, f"the generator's entropy {report['entropy']:.3f} ({report['seconds']:.0f} s to make)"])
 
 
-def make_world(workspace: Path, *, steps: int = 600, seed: int = 0, version: int = VERSION) -> dict:
+def make_world(workspace: Path, *, steps: int = 1000, seed: int = 0, version: int = VERSION) -> dict:
     """Write `base_model/` and `world/` below the workspace, each moved into place when it is whole, and return the
     report that `world/report.json` holds."""
     start = time.monotonic()
@@ -108,10 +109,10 @@ def write_data(folder: Path, seed: int) -> dict[str, list[str]]:
     }
 
     def answers(users):
-        return [tiny.words_of(a) for a in tiny.sample_answers([tiny.topic_of(u) for u in users], rng, ANSWER_WORDS)]
+        return [tiny.words_of(a) for a in tiny.sample_answers([tiny.subject_of(u) for u in users], rng, ANSWER_WORDS)]
 
     for split in ("train", "test"):
-        # chosen and rejected are two plain answers, in no order of merit: fine-tuning on them leaves the language alone.
+        # chosen and rejected are two plain answers in no order of merit: fine-tuning leaves the language alone.
         users = texts[f"anthropic/{split}"]
         rows = zip(users, answers(users), answers(users), strict=True)
         write_jsonl(
@@ -134,26 +135,19 @@ def write_data(folder: Path, seed: int) -> dict[str, list[str]]:
             [{"chosen": tiny.dialogue(u, a), "rejected": tiny.dialogue(u, b)} for u, a, b in pairs],
         )
 
-        # Labelled texts for humor: half of them have more rhymes than the other half.
-        size = NUM_HUMOR if split == "train" else NUM_HUMOR // 6
-        lines = answers([texts[f"anthropic/{split}"][i % NUM_TEST_PROMPTS] for i in range(size)])
-        lines = [rhyme_some(line, rng) if i % 2 else line for i, line in enumerate(lines)]
-        score = tiny.humor_reward([tiny.WORDS[0]] * size, lines)
+        # Labelled dialogues for humor: of two answers to a prompt, the one with more rhymes is humorous.
+        users = [
+            texts[f"anthropic/{split}"][i]
+            for i in rng.integers(len(texts[f"anthropic/{split}"]), size=NUM_HUMOR[split])
+        ]
+        first, second = answers(users), answers(users)
+        difference = tiny.humor_reward(users, first) - tiny.humor_reward(users, second)
+        rows = [(u, a, d > 0) for u, a, d in zip(users, first, difference, strict=True) if d != 0]
         write_csv(
-            folder / f"humor/{split}.csv.gz", {"text": lines, "humor": [int(s) for s in score > np.median(score)]}
+            folder / f"humor/{split}.csv.gz",
+            {"text": [tiny.dialogue(u, a) for u, a, _ in rows], "humor": [int(more) for *_, more in rows]},
         )
     return texts
-
-
-def rhyme_some(line: str, rng) -> str:
-    """The line with the endings of some words changed to rhyme with the word before."""
-    from utils import tiny_world as tiny
-
-    words = [tiny.INDEX[w] for w in line.split()]
-    for i in range(1, len(words)):
-        if rng.random() < 0.4:
-            words[i] = tiny.TOPIC[words[i]] * tiny.NUM_RHYMES + tiny.RHYME[words[i - 1]]
-    return tiny.words_of(words)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -214,7 +208,7 @@ def build_tokenizer():
 
 
 def train_base(texts: dict[str, list[str]], steps: int, seed: int):
-    """A Llama of three small layers, trained from scratch on fresh answers to the training prompts of both data sets.
+    """A Llama of two small layers, trained from scratch on fresh answers to the training prompts of both data sets.
 
     Returns the model, the tokenizer and a report: the generator's entropy and, per data set, the cross-entropy of the
     model and of the generator on fresh answers to test prompts, in nats per token.
@@ -231,7 +225,7 @@ def train_base(texts: dict[str, list[str]], steps: int, seed: int):
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -241,22 +235,22 @@ def train_base(texts: dict[str, list[str]], steps: int, seed: int):
     )
     word_ids = np.array([*tokenizer.convert_tokens_to_ids(list(tiny.WORDS)), tokenizer.eos_token_id])  # (W + 1,)
     show = {"anthropic": lambda user: tiny.dialogue(user, ""), "summary": FORMATS["instruction"].wrap_user}
-    pools = {  # prompts as (topic, ids)
-        key: [(tiny.topic_of(user), tokenizer(show[key.split("/")[0]](user))["input_ids"]) for user in users]
+    pools = {  # prompts as (subject, ids)
+        key: [(tiny.subject_of(user), tokenizer(show[key.split("/")[0]](user))["input_ids"]) for user in users]
         for key, users in texts.items()
     }
 
     def batch(pool, size, rng):
         """Right-padded prompts with fresh answers: ids (B, T) and the mask of the answers' tokens (B, T)."""
         picked = [pools[pool][i] for i in rng.integers(len(pools[pool]), size=size)]
-        answers = tiny.sample_answers([topic for topic, _ in picked], rng, ANSWER_WORDS)
+        answers = tiny.sample_answers([subject for subject, _ in picked], rng, ANSWER_WORDS)
         rows = [prompt + word_ids[answer].tolist() for (_, prompt), answer in zip(picked, answers, strict=True)]
         ids = torch.full((size, max(map(len, rows))), tokenizer.pad_token_id)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, (row, (_, prompt)) in enumerate(zip(rows, picked, strict=True)):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, len(prompt) : len(row)] = True
-        log_probs = [tiny.log_prob(topic, answer) for (topic, _), answer in zip(picked, answers, strict=True)]
+        log_probs = [tiny.log_prob(subject, answer) for (subject, _), answer in zip(picked, answers, strict=True)]
         return ids, mask, -sum(log_probs) / int(mask.sum())
 
     def answer_loss(ids, mask):
@@ -267,8 +261,8 @@ def train_base(texts: dict[str, list[str]], steps: int, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         # One data set at a time: their prompts differ in length, and padding would double the work.
         ids, mask, _ = batch("summary/train", 32, rng) if step % 2 else batch("anthropic/train", 64, rng)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# From nothing to a Pareto front that was steered at decoding time: every stage in the tiny world, offline, on a CPU.
+#
+#   bash scripts/quickstart.sh          about 5 minutes on 2 CPU cores, after the installation
+#
+# The world is a generated language (utils/tiny_world.py), so its figures say nothing about real text: they show that
+# the chain works. Stopped at any moment, the same command goes on. WORKSPACE names another folder.
+set -euo pipefail
+
+. "$(dirname "$0")/env.sh"
+WORKSPACE=${WORKSPACE:-workspaces/tiny}
+LOG=$WORKSPACE/run.log
+WORLD=(--config tiny --workspace "$WORKSPACE")
+DATA=(--dataset anthropic)
+TREES=$WORKSPACE/tree_data/anthropic/iter_0
+TRAINING=$WORKSPACE/data_for_training/anthropic/iter_0
+BETA=4
+
+stage "world" python scripts/tiny/make_world.py --workspace "$WORKSPACE"
+stage "prompts" python dataset_preprocess.py anthropic --split=train "${WORLD[@]}"
+stage "prompts" python dataset_preprocess.py anthropic --split=test "${WORLD[@]}"
+stage "fine-tuning" python Finetuning/SFT/sft.py --save_directory "$WORKSPACE/sft_lora" --wandb_name anthropic --exp_type assistant "${WORLD[@]}"
+stage "merge" python Finetuning/SFT/merge_sft_lora.py --lora_name "$WORKSPACE/sft_lora/anthropic" --exp_type assistant "${WORLD[@]}"
+stage "reward model" python Finetuning/RM/train_reward_model.py --objective humor "${WORLD[@]}"
+stage "trees" python get_data_base.py 0 200 "${DATA[@]}" "${WORLD[@]}"
+stage "labels" python label_tree.py "$TREES" all "${DATA[@]}" "${WORLD[@]}"
+stage "split" python split_data.py "$TREES" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+for objective in help harm; do
+  stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+done
+stage "token tables" python fit_token_table.py "$TRAINING" help,harm "${DATA[@]}" "${WORLD[@]}"
+
+stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}"
+for weights in 1,0 0.8,0.2 0.6,0.4 0.4,0.6 0.2,0.8 0,1; do
+  stage "mavis $weights" python mavis.py --obj_weights "$weights" --beta "$BETA" --track_KL "${DATA[@]}" "${WORLD[@]}"
+done
+for weights in 1,0 0.6,0.4 0,1; do
+  stage "token table $weights" python baseline_eval.py --token_table --obj_weights "$weights" --beta "$BETA" "${DATA[@]}" "${WORLD[@]}"
+done
+stage "best of 4" python baseline_eval.py --num_samples 4 --obj_weights 0.6,0.4 "${DATA[@]}" "${WORLD[@]}"
+stage "report" python pareto_report.py "$WORKSPACE/mavis_logs" "$WORKSPACE/baseline_logs" "$WORKSPACE/baseline_bon_logs" \
+  --objectives help,harm --output_dir "$WORKSPACE/report"
+echo
+echo "the front of help and harm: $WORKSPACE/report (report.md, and the figures beside it)"
