@@ -228,6 +228,7 @@ def train_full(
         "use_cpu": device.type == "cpu",
         "save_strategy": "no",
         "report_to": report_to,
+        "logging_strategy": "no" if report_to == "none" else "steps",
         "logging_steps": 50,
         "gradient_checkpointing": False,
         "disable_tqdm": True,

@@ -33,7 +33,8 @@ class RewardSet:
     Args:
         objectives: names; no other objective is loaded.
         batch_size: most texts in a forward pass (which also keeps to `token_budget` tokens).
-        autocast: run the models in bfloat16. Off by default on every device: rewards are what is reported.
+        autocast: run the models in bfloat16. By default only on a CPU whose configuration says `cpu_dtype: bfloat16`;
+            elsewhere rewards, which are what is reported, are float32 whatever the policy's precision.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class RewardSet:
         batch_size: int = 32,
         *,
         token_budget: int = TOKEN_BUDGET,
-        autocast: bool = False,
+        autocast: bool | None = None,
     ):
         self.dataset, self.objectives = dataset_spec, tuple(objectives)
         device = models.pick_device(str(device) if device is not None else None)
+        if autocast is None:
+            autocast = device.type == "cpu" and config.cpu_dtype == "bfloat16"
         options = {"batch_size": batch_size, "token_budget": token_budget, "autocast": autocast}
         pools: dict[tuple, _Pool] = {}
         self._scorers = []
