@@ -94,6 +94,7 @@ def collect(
     from utils.growth import TreeShape, grow_trees
     from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
     from utils.models import load_reference, pick_device
+    from utils.runs import fingerprint
 
     check_arguments(dataset, args)
     fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
@@ -107,7 +108,7 @@ def collect(
         raise cli.DataError(f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}")
     made_with = {
         **policy,
-        "reference": config.sft_path(dataset),
+        "reference": fingerprint(config.sft_path(dataset)),
         "dataset": dataset.name,
         "data_split": args.data_split,
         "temperature": temperature,
