@@ -620,9 +620,3 @@ def test_relevance_is_higher_for_the_answer_to_the_question():
         asked, ["Knead flour, water and yeast, then bake the dough.", "Paris is in France.", ""], "cpu"
     )
     assert 1 > close > far + 0.3 and np.isfinite(empty)
-
-
-def test_a_template_with_an_unknown_field_is_named(base):
-    config = load_config(write_config(base, {"help": pooled("help") | {"text": "{shwon}{response}"}}))
-    with pytest.raises(DataError, match=r"objectives.help.text: .*\{shwon\}.*shown"):
-        RewardSet(config, config.dataset("talk"), ["help"], device="cpu")

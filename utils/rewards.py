@@ -56,7 +56,6 @@ class RewardSet:
         pools: dict[tuple, _Pool] = {}
         self._scorers = []
         for spec in map(config.objective, self.objectives):
-            check_template(spec)
             if spec.kind == "callable":
                 self._scorers.append(_Callable(config, spec, device))
             elif spec.kind == "classifier":
@@ -102,14 +101,6 @@ class RewardSet:
                     f"response {responses[bad][:200]!r}); rewards must be finite numbers"
                 )
         return {name: scores[name] for name in self.objectives}
-
-
-def check_template(spec: ObjectiveSpec) -> None:
-    """Raise a DataError where an objective's text has a field that there is not."""
-    try:
-        reward_text(spec.text, prompt="", user="", shown="", response="", bos="", eos="")
-    except ValueError as error:
-        raise DataError(f"objectives.{spec.name}.text: {error}") from None
 
 
 def text_before_response(spec: ObjectiveSpec) -> str:
