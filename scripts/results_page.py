@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Compose a results page from what a workspace holds: accuracies, explained variances, the report, the minutes.
+
+    python scripts/results_page.py --config smollm --report workspaces/smollm/report --notes docs/results/smollm_notes.md \
+        --output docs/results/smollm.md
+
+Every figure on the page is read from a file that a stage wrote; the notes are the only prose that is put in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, required=True, help="folder that pareto_report.py wrote")
+    parser.add_argument("--notes", type=Path, required=True, help="Markdown that stands first on the page")
+    parser.add_argument("--output", type=Path, required=True, help="the page; figures go to figures/ beside it")
+    parser.add_argument("--iteration", type=int, default=0, help="of the value models (default: 0)")
+    cli.add_common(parser)
+    return parser
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines) + "\n"
+
+
+def read(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table_report(path: Path) -> dict:
+    """What fit_token_table.py wrote into a table's header."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return {}
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["report"])
+
+
+def reward_section(config) -> str:
+    rows = []
+    for name, spec in config.objectives.items():
+        metrics = read(config.default_path("reward_models", name, "metrics.json"))
+        if spec.training and metrics:
+            low, high = metrics["interval"]
+            crossed = metrics.get("cross_validated", {}).get("accuracy")
+            rows.append(
+                [
+                    name,
+                    spec.training.kind,
+                    metrics["num_train"],
+                    f"{metrics['accuracy']:.1%} [{low:.1%}, {high:.1%}], n {metrics['n']}",
+                    "" if crossed is None else f"{crossed:.1%}",
+                    f"{metrics['bag_of_words']:.1%}",
+                ]
+            )
+    head = ["reward", "trained on", "examples", "held-out accuracy [95 %]", "cross-validated", "bag of words, same examples"]
+    return table(head, rows)
+
+
+def value_section(config, iteration: int) -> str:
+    rows = []
+    for name in config.objectives:
+        metrics = read(config.default_path("value_models", f"iter_{iteration}", name, "metrics.json"))
+        lexical = table_report(config.default_path("token_tables", f"{name}.safetensors"))
+        if metrics:
+            v = metrics["validation"]
+            rows.append(
+                [
+                    name,
+                    f"{metrics['num_trees']} / {metrics['num_val_trees']}",
+                    v["nodes"],
+                    f"{v['explained_variance']:.2f}",
+                    f"{v['explained_variance_within_prompt']:.2f}",
+                    f"{v['correlation_within_prompt']:.2f}",
+                    f"{lexical["r2_within"]:.2f}" if "r2_within" in lexical else "",
+                    f"{lexical['correlation_within']:.2f}" if "correlation_within" in lexical else "",
+                    f"{metrics['seconds'] / 60:.1f}",
+                ]
+            )
+    head = [
+        "objective", "trees: training / validation", "validation nodes", "explained variance", "within a prompt",
+        "correlation within a prompt", "token table: explained within (leaves)", "its correlation within", "minutes",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def minutes_section(log: Path) -> str:
+    """Minutes of each kind of stage; of a stage that ran several times (resumed, repeated) the longest counts."""
+    longest: dict[str, int] = {}
+    for line in log.read_text().splitlines():
+        _, name, seconds = line.split("\t")
+        longest[name] = max(longest.get(name, 0), int(seconds))
+    groups: dict[str, list[int]] = defaultdict(list)
+    for name, seconds in longest.items():
+        groups[re.sub(r" (\d|beta).*", "", name)].append(seconds)
+    rows = [[name, len(s), f"{sum(s) / 60:.1f}"] for name, s in groups.items()]
+    rows.append(["all", "", f"{sum(map(sum, groups.values())) / 60:.0f}"])
+    return table(["stage", "runs", "minutes"], rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    for path in (args.notes, args.report / "report.md"):
+        if not path.is_file():
+            raise cli.DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
+    figures = args.output.parent / "figures"
+    prefix = f"{args.output.stem}_"
+    report = (args.report / "report.md").read_text()
+    figures.mkdir(parents=True, exist_ok=True)
+    for image in sorted(args.report.glob("*.png")):
+        shutil.copyfile(image, figures / (prefix + image.name))
+        report = report.replace(f"]({image.name})", f"](figures/{prefix}{image.name})").replace(f"![{image.name}]", f"![{image.stem}]")
+    report = re.sub(r"^#", "##", report, flags=re.MULTILINE)
+    shutil.copyfile(args.report / "report.json", args.output.with_suffix(".json"))
+    parts = [args.notes.read_text().rstrip() + "\n", "## Reward models\n", reward_section(config), "## Value models\n", value_section(config, args.iteration)]
+    log = config.default_path("run.log")
+    if log.is_file():
+        parts += ["## Minutes\n", minutes_section(log)]
+    args.output.write_text("\n".join([*parts, report.rstrip() + "\n"]))
+    print(f"{args.output} ({len(args.output.read_text().splitlines())} lines)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
