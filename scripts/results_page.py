@@ -88,7 +88,7 @@ def value_section(config, iteration: int) -> str:
                     f"{v['explained_variance']:.2f}",
                     f"{v['explained_variance_within_prompt']:.2f}",
                     f"{v['correlation_within_prompt']:.2f}",
-                    f"{lexical["r2_within"]:.2f}" if "r2_within" in lexical else "",
+                    f"{lexical['r2_within']:.2f}" if "r2_within" in lexical else "",
                     f"{lexical['correlation_within']:.2f}" if "correlation_within" in lexical else "",
                     f"{metrics['seconds'] / 60:.1f}",
                 ]
