@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -348,6 +349,35 @@ def load_config(path: str | os.PathLike | None = None, workspace: str | os.PathL
     return config
 
 
+# Numbers and the least that each may be, wherever in the file a key of that name stands.
+LEAST = {
+    name: 1
+    for name in (
+        "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "num_epochs", "batch_size",
+        "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
+        "num_val_prompts", "max_rows", "top_k", "num_trials",
+    )
+} | {name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")}  # fmt: skip
+ABOVE_ZERO = ("lr", "temperature")
+TEMPLATE_FIELDS = {
+    "reference_template": ("prompt", "user"),
+    "text": ("prompt", "user", "shown", "response", "bos", "eos"),
+}
+
+
+def _check_numbers(value, where: str, file: Path) -> None:
+    """Raise a ConfigError for a number below what its key allows, in a configuration as plain data."""
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        place = f"{where}.{key}" if where else str(key)
+        if isinstance(child, (dict, list)):
+            _check_numbers(child, place, file)
+        elif isinstance(child, (int, float)) and not isinstance(child, bool):
+            if key in ABOVE_ZERO and child <= 0:
+                raise ConfigError(f"{file}: {place} must be above 0, got {child}")
+            if child < LEAST.get(key, -math.inf):
+                raise ConfigError(f"{file}: {place} must be at least {LEAST[key]}, got {child}")
+
+
 def _check(config: Config) -> None:
     """What types alone do not say."""
 
@@ -355,15 +385,32 @@ def _check(config: Config) -> None:
         if value not in valid:
             raise ConfigError(f"{config.path}: {where} is {value!r}; {nearest(value, valid)}")
 
+    def template(text, where, needed):
+        fields = re.findall(r"\{(\w+)\}", text)
+        for name in fields:
+            choice(name, TEMPLATE_FIELDS[where.rsplit(".", 1)[-1]], f"a field of {where}")
+        if not set(fields) & set(needed):
+            raise ConfigError(f"{config.path}: {where} must contain {{{'} or {'.join(needed)}}}, got {text!r}")
+
+    _check_numbers(config.as_dict(), "", config.path)
     for spec in config.datasets.values():
         where = f"datasets.{spec.name}"
         for objective in spec.objectives:
             choice(objective, config.objectives, f"{where}.objectives")
+        if not spec.objectives or len(set(spec.objectives)) < len(spec.objectives):
+            raise ConfigError(f"{config.path}: {where}.objectives must name at least one, each once")
         choice(spec.training.packing, ("node", "tree"), f"{where}.training.packing")
-        if spec.max_new_tokens < 1:
-            raise ConfigError(f"{config.path}: {where}.max_new_tokens must be at least 1, got {spec.max_new_tokens}")
+        template(spec.reference_template, f"{where}.reference_template", ("prompt", "user"))
+        for name, source in spec.splits.items():
+            low, high = source.hash_range
+            if not 0 <= low < high <= 1:
+                raise ConfigError(
+                    f"{config.path}: {where}.splits.{name}.hash_range must be two numbers from 0 to 1, the lower "
+                    f"first, got [{low:g}, {high:g}]"
+                )
     for spec in config.objectives.values():
         where = f"objectives.{spec.name}"
+        template(spec.text, f"{where}.text", ("response",))
         choice(spec.kind, ("classifier", "pooled", "callable"), f"{where}.kind")
         needed = "function" if spec.kind == "callable" else "path"
         if not getattr(spec, needed):

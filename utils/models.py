@@ -10,10 +10,12 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -39,6 +41,11 @@ def pick_device(name: str | None = None) -> torch.device:
         raise DataError(f"--device {name!r} is no torch device; try cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise DataError(f"--device {name}: PyTorch cannot use it here ({reason})") from None
     return device
 
 
@@ -99,19 +106,29 @@ def load_causal_lm(
     made_by: str = "",
 ) -> PreTrainedModel:
     """A causal language model in eval mode, its embeddings resized to at least `vocab_size` tokens."""
-    model = _load(AutoModelForCausalLM, path, what, made_by, dtype=dtype, use_safetensors=True, **_layers(num_layers))
+    first = _layers(path, num_layers, what, made_by)
+    model = _load(AutoModelForCausalLM, path, what, made_by, dtype=dtype, use_safetensors=True, **first)
     if vocab_size is not None and model.get_input_embeddings().num_embeddings < vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return model.to(device).eval()
 
 
-def load_trunk(path: str, num_layers: int | None, device: torch.device, dtype: torch.dtype = torch.float32, made_by: str = "") -> PreTrainedModel:
+def load_trunk(
+    path: str, num_layers: int | None, device: torch.device, dtype: torch.dtype = torch.float32, made_by: str = ""
+) -> PreTrainedModel:
     """The headless first N layers of a model (its last hidden state passes the final norm), in eval mode."""
-    return _load(AutoModel, path, "trunk", made_by, dtype=dtype, **_layers(num_layers)).to(device).eval()
+    first = _layers(path, num_layers, "trunk", made_by)
+    return _load(AutoModel, path, "trunk", made_by, dtype=dtype, **first).to(device).eval()
 
 
-def _layers(num_layers: int | None) -> dict:
-    return {} if num_layers is None else {"num_hidden_layers": num_layers}
+def _layers(path: str, num_layers: int | None, what: str, made_by: str = "") -> dict:
+    """The argument that keeps a checkpoint's first N layers; more than it has would come out untrained."""
+    if num_layers is None:
+        return {}
+    have = _load(AutoConfig, path, what, made_by).get_text_config().num_hidden_layers
+    if not 1 <= num_layers <= have:
+        raise DataError(f"{what}: {path} has {have} layers, so num_layers must be 1 to {have}, got {num_layers}")
+    return {"num_hidden_layers": num_layers}
 
 
 def load_reference(
@@ -210,7 +227,7 @@ def _value_base(
         spec.made_by,
         dtype=dtype,
         num_labels=1,
-        **_layers(spec.num_layers),
+        **_layers(path, spec.num_layers, "base of the value models", spec.made_by),
     )
     _check_same_tokens(path, tokenizer)
     if model.get_input_embeddings().num_embeddings != vocab_size:
@@ -285,13 +302,25 @@ def load_value_models(
 
 
 def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """A PEFT adapter on its base; shapes that do not fit end in one line."""
+    """A PEFT adapter on its base; what does not fit it to the last tensor ends in one line."""
     try:
-        PeftConfig.from_pretrained(str(folder))
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+        with warnings.catch_warnings():  # PEFT only warns where tensors are missing; the comparison below refuses
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+        with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
+            stored = {key for key in file.keys() if "lora_" in key or "score" in key}  # noqa: SIM118
+        needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the adapter in {folder} does not fit its base ({type(error).__name__}: {reason})") from error
+    if different := sorted(needed ^ stored):
+        lacking = sum(key in needed for key in different)
+        raise DataError(
+            f"the adapter in {folder} does not fit its base: {lacking} of {len(needed)} tensors are missing and "
+            f"{len(different) - lacking} have no place (first {different[0]}); it was trained on another base, or on "
+            "another number of layers"
+        )
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------ reward models
@@ -322,7 +351,13 @@ def new_sequence_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _load(
-            AutoModelForSequenceClassification, path, "base model", made_by, dtype=torch.float32, num_labels=1, **_layers(num_layers)
+            AutoModelForSequenceClassification,
+            path,
+            "base model",
+            made_by,
+            dtype=torch.float32,
+            num_labels=1,
+            **_layers(path, num_layers, "base model", made_by),
         )
         if model.get_input_embeddings().num_embeddings < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
