@@ -117,6 +117,8 @@ def collect(
         **{name: value for name, value in vars(tree_shape).items() if value is not False},
     }
     claim_collection(output_dir, made_with, only_check=True)
+    if output_dir.is_dir():
+        consolidate(output_dir)  # a damaged store is found now, not behind hours of growth
     known = set(stored_indices(output_dir))
     missing = [i for i in range(args.start, min(args.start + args.num, len(texts))) if i not in known]
     began, tokens, grown, discarded = time.time(), 0, 0, 0

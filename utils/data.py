@@ -455,6 +455,10 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not format_.user_of_prompt(prompt):
             raise DataError(f"prompt {index} is empty: {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"prompt {index} is not valid Unicode: {ascii(prompt)[:200]}") from None
     encoded = tokenize_prompts(tokenizer, [shown_to_reference(spec, prompt) for prompt in prompts])
     for index, ids in enumerate(encoded):
         if not len(ids):

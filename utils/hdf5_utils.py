@@ -128,11 +128,11 @@ def _rewrite(target: Path, parts: dict[int, Path]) -> None:
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(h5py.File(temporary, "w"))
             old = stack.enter_context(_open(target)) if target.exists() else {}
-            for index in sorted({int(name[6:]) for name in old} | set(parts)):
+            for index in sorted({_index_of(name, target) for name in old} | set(parts)):
                 if index in parts:
                     offsets, flat = _read_part(parts[index])
                 else:  # written anew, not copied: the file's bytes then do not tell how often it was interrupted
-                    offsets, flat = old[f"prompt{index}/offsets"][:], old[f"prompt{index}/tokens"][:]
+                    offsets, flat = _read_entry(old, index, target)
                 _store(out, index, flat, offsets)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -232,17 +232,29 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
         offsets, flat = _read_part(part)
     else:
         with _open(data_dir / TOKENS) as file:
-            name = f"prompt{index}"
-            if name not in file:
-                raise DataError(f"{data_dir / TOKENS} has no entry {name}")
-            try:
-                group = file[name]
-                offsets, flat = group["offsets"][:], group["tokens"][:]
-            except (KeyError, OSError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-                raise DataError(f"{data_dir / TOKENS}: entry {name} is corrupt or foreign ({error})") from error
+            if f"prompt{index}" not in file:
+                raise DataError(f"{data_dir / TOKENS} has no entry prompt{index}")
+            offsets, flat = _read_entry(file, index, data_dir / TOKENS)
     if offsets.ndim != 1 or flat.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
         raise DataError(f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens")
     return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _index_of(name: str, path: Path) -> int:
+    """The prompt of an entry of a token store."""
+    number = name.removeprefix("prompt")
+    if name == number or not number.isdecimal():
+        raise DataError(f"{path} has an entry {name!r}, so it is no token store of this project; move it away")
+    return int(number)
+
+
+def _read_entry(file: h5py.File, index: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and tokens of one prompt in an open token store."""
+    try:
+        group = file[f"prompt{index}"]
+        return group["offsets"][:], group["tokens"][:]
+    except (KeyError, OSError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{path}: entry prompt{index} is corrupt or foreign ({error})") from error
 
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -288,10 +300,12 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
     for path in map(Path, input_files):
         with _open(path) as file:
             for name in file:
+                index = _index_of(name, path)
+                entry = _read_entry(file, index, path)
                 if name in sources:
                     with _open(sources[name]) as other:
-                        same = all(np.array_equal(file[name][k][:], other[name][k][:]) for k in ("tokens", "offsets"))
-                    if not same:
+                        theirs = _read_entry(other, index, sources[name])
+                    if not all(map(np.array_equal, entry, theirs)):
                         raise DataError(f"{path} and {sources[name]} hold two different trees named {name}; nothing was merged")
                 sources.setdefault(name, path)
     output = Path(output_file)
@@ -330,6 +344,8 @@ def split_folder(data_dir: str | Path, output_dir: str | Path, num_val: int) -> 
             f"validation and {len(train)} for training; collect more, or give another --num_val"
         )
     consolidate(data_dir)
+    for index in (*val, *train):  # a damaged tree is refused before anything is copied
+        read_tree(data_dir, index)
     write_atomically(output_dir / TOKENS, (data_dir / TOKENS).read_bytes())
     for name, other, chosen in (("val", "train", val), ("train", "val", train)):
         for index in chosen:
