@@ -58,14 +58,13 @@ best_of() {  # WEIGHTS N
 
 stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
 for beta in 4 1; do
-  for weights in 1,0 0.5,0.5 0,1 0.75,0.25 0.25,0.75 0,0,1 0,0,0,1; do mavis "$weights" "$beta"; done
-done
-for beta in 4 1 2 8; do
-  for weights in 1,0 0.5,0.5 0,1 0.75,0.25 0.25,0.75 0,0,1 0,0,0,1; do table "$weights" "$beta"; done
-done
-for beta in 1 2 4; do
+  for weights in 1,0 0.75,0.25 0.5,0.5 0.25,0.75 0,1 0,0,1 0,0,0,1; do
+    mavis "$weights" "$beta"
+    table "$weights" "$beta"
+  done
   stage "prompt words beta $beta" python baseline_eval.py --prompt_words --beta "$beta" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+  stage "report" report
 done
-for weights in 1,0 0.75,0.25 0.5,0.5 0.25,0.75 0,1; do best_of "$weights" 4; done
+for weights in 1,0 0.5,0.5 0,1; do best_of "$weights" 4; done
 best_of 0.5,0.5 16
 stage "report" report
