@@ -26,7 +26,9 @@ def build_parser() -> ArgumentParser:
     # The objective stands third on the command line, behind START and NUM.
     parser.add_argument("objective", metavar="OBJECTIVE", help="whose value model steers")
     group = parser.add_argument_group("steering")
-    group.add_argument("--value_model_dir", help="folder of iter_<N>/<objective> (default: value_models in the workspace)")
+    group.add_argument(
+        "--value_model_dir", help="folder of iter_<N>/<objective> (default: value_models in the workspace)"
+    )
     group.add_argument("--value_model_iter", type=int, default=0, help="iteration of the value model (default: 0)")
     group.add_argument("--beta", type=float, required=True, help="strength of the tilt, at least 0")
     group.add_argument(
@@ -44,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     dataset = config.dataset(args.dataset)
     objective, *more = cli.objectives_of(dataset, args.objective)
     if more:
-        raise cli.UsageError(f"OBJECTIVE {args.objective}: one value model steers; valid: {', '.join(dataset.objectives)}")
+        raise cli.UsageError(
+            f"OBJECTIVE {args.objective}: one value model steers; valid: {', '.join(dataset.objectives)}"
+        )
     beta = cli.check_beta(args.beta)
     if args.value_model_iter < 0:
         raise cli.UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
@@ -54,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = f"{root}/iter_{iteration}/{objective}"
     made_by = f"train_value_model.py --objective {objective} --output_dir {folder}"
     if args.dry_run:
-        return dry_run(config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))])
+        return dry_run(
+            config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))]
+        )
 
     from utils.runs import fingerprint
 
@@ -66,9 +72,17 @@ def main(argv: list[str] | None = None) -> int:
 
         models = load_value_models(config, root, {objective: iteration}, tokenizer, vocabulary_size(reference), device)
         weights = {objective: 1.0}
-        return MavisPolicy(reference, models, weights, beta=beta, top_k=top_k, temperature=temperature, normalization="none")
+        return MavisPolicy(
+            reference, models, weights, beta=beta, top_k=top_k, temperature=temperature, normalization="none"
+        )
 
-    policy = {"policy": "mavis", "objective": objective, "beta": beta, "iteration": iteration, "value_model": fingerprint(folder)}
+    policy = {
+        "policy": "mavis",
+        "objective": objective,
+        "beta": beta,
+        "iteration": iteration,
+        "value_model": fingerprint(folder),
+    }
     shape = {**SHAPE, "dynamic_splitting": args.dynamic_splitting}
     return collect(config, dataset, args, output_dir, shape=shape, policy=policy, build=build)
 

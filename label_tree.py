@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     from utils.hdf5_utils import read_trees, tree_indices
 
     if not tree_indices(args.data_dir):
-        raise cli.DataError(f"no trees in {args.data_dir}; make them with get_data_base.py ... --output_dir {args.data_dir}")
+        raise cli.DataError(
+            f"no trees in {args.data_dir}; make them with get_data_base.py ... --output_dir {args.data_dir}"
+        )
     if args.check_trees:
         return _check(args.data_dir, objectives, read_trees)
 
@@ -51,14 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     from utils.models import load_tokenizer, pick_device
     from utils.rewards import RewardSet
 
-    rewards = RewardSet(config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16)
+    rewards = RewardSet(
+        config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16
+    )
     tokenizer = load_tokenizer(config.sft_path(dataset))
     labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
     trees = list(read_trees(args.data_dir))
-    print(f"{labelled} trees labelled, {len(trees) - labelled} had their values; {sum(len(t.leaves) for t in trees)} leaves")
+    print(
+        f"{labelled} trees labelled, {len(trees) - labelled} had their values; "
+        f"{sum(len(t.leaves) for t in trees)} leaves"
+    )
     for name in objectives:
         total, within = variance_within(trees, name)
-        print(f"  {name}: standard deviation of the leaves {total**0.5:.3f}, share of the variance within a prompt {within:.2f}")
+        print(
+            f"  {name}: standard deviation of the leaves {total**0.5:.3f}, "
+            f"share of the variance within a prompt {within:.2f}"
+        )
     return 0
 
 
@@ -68,7 +78,10 @@ def _check(data_dir: Path, objectives, read_trees) -> int:
     for tree in read_trees(data_dir):
         missing = [o for o in objectives if o not in tree.values]
         if missing:
-            raise cli.DataError(f"prompt {tree.prompt_index} in {data_dir} has no values of {', '.join(missing)}; label it with label_tree.py {data_dir} {missing[0]}")
+            raise cli.DataError(
+                f"prompt {tree.prompt_index} in {data_dir} has no values of {', '.join(missing)}; "
+                f"label it with label_tree.py {data_dir} {missing[0]}"
+            )
         count, nodes = count + 1, nodes + len(tree)
     print(f"{count} trees, {nodes} nodes: all sound and labelled with {', '.join(objectives)}")
     return 0

@@ -21,7 +21,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("data_dir", metavar="DIR", type=Path, help="folder of labelled trees")
     parser.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
     parser.add_argument("--num_val", type=int, help="prompts for validation (default: the configuration's)")
-    parser.add_argument("--output_dir", type=Path, help="where to (default: <workspace>/data_for_training/<dataset>/<name of DIR>)")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where to (default: <workspace>/data_for_training/<dataset>/<name of DIR>)"
+    )
     cli.add_common(parser)
     return parser
 
@@ -36,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     if output_dir.resolve() == args.data_dir.resolve():
         raise cli.UsageError(f"--output_dir {output_dir} is the folder of the trees; give another")
     if args.dry_run:
-        cli.report_dry_run([("trees", args.data_dir, cli.found(str(args.data_dir), "label_tree.py")), ("data", output_dir, "made by this stage")])
+        cli.report_dry_run(
+            [
+                ("trees", args.data_dir, cli.found(str(args.data_dir), "label_tree.py")),
+                ("data", output_dir, "made by this stage"),
+            ]
+        )
         return 0
     from utils.hdf5_utils import split_folder
 

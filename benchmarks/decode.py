@@ -33,7 +33,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens of each answer, all of this length")
     parser.add_argument("--topk", type=int, default=15, help="candidates per step")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each method")
-    parser.add_argument("--value_model_dir", help="trained value models (default: the workspace's, fresh ones where there are none)")
+    parser.add_argument(
+        "--value_model_dir", help="trained value models (default: the workspace's, fresh ones where there are none)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     cli.add_common(parser)
     return parser
@@ -58,9 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "rows": rows,
         "command": "python benchmarks/decode.py " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{processor()}, {torch.get_num_threads()} threads",
         "dtype": str(reference.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "reference_parameters": sum(p.numel() for p in reference.parameters()),
         "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
         "peak_memory_mib": peak_memory(device),
@@ -98,12 +106,16 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
 
     generator = torch.Generator().manual_seed(0)
     tokens, k = args.max_new_tokens, args.topk
-    prompts = torch.randint(10, reference.get_input_embeddings().num_embeddings // 2, (batch_size, args.prompt_tokens), generator=generator)
+    prompts = torch.randint(
+        10, reference.get_input_embeddings().num_embeddings // 2, (batch_size, args.prompt_tokens), generator=generator
+    )
     inputs = prompts.to(device)
     keys = [(0, i) for i in range(batch_size)]
 
     def ours(policy) -> int:
-        done = decode(policy, prompts.tolist(), keys=keys, max_new_tokens=tokens, eos_token_id=None, batch_size=batch_size)
+        done = decode(
+            policy, prompts.tolist(), keys=keys, max_new_tokens=tokens, eos_token_id=None, batch_size=batch_size
+        )
         return sum(len(c.token_ids) for c in done)
 
     def plain() -> int:
@@ -165,7 +177,9 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
             "method": name,
             "batch_size": batch_size,
             "tokens_per_second": round(speed[name], 2),
-            "tokens_per_second_range": [round(generated[name] / s, 2) for s in (max(seconds[name]), min(seconds[name]))],
+            "tokens_per_second_range": [
+                round(generated[name] / s, 2) for s in (max(seconds[name]), min(seconds[name]))
+            ],
             "ratio_to_generate": round(speed[name] / speed["generate"], 3),
             "ratio_to_reference": round(speed[name] / speed["reference"], 3),
             "overhead": round(median[name] / needs[name], 3) if name in needs else None,
@@ -219,12 +233,16 @@ def processor() -> str:
 def print_table(record: dict) -> None:
     """The rows, and what they were measured on."""
     print(f"{record['device']}, {record['dtype']}, peak memory {record['peak_memory_mib']} MiB")
-    print(f"{'method':<10} {'batch':>5} {'tokens/s':>10} {'range':>17} {'/ generate':>11} {'/ reference':>12} {'overhead':>9}")
+    print(
+        f"{'method':<10} {'batch':>5} {'tokens/s':>10} {'range':>17} "
+        f"{'/ generate':>11} {'/ reference':>12} {'overhead':>9}"
+    )
     for row in record["rows"]:
         low, high = row["tokens_per_second_range"]
         overhead = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
         print(
-            f"{row['method']:<10} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} {f'{low:.1f} - {high:.1f}':>17} "
+            f"{row['method']:<10} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} "
+            f"{f'{low:.1f} - {high:.1f}':>17} "
             f"{row['ratio_to_generate']:>11.2f} {row['ratio_to_reference']:>12.2f} {overhead:>9}"
         )
 

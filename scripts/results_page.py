@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compose a results page from what a workspace holds: accuracies, explained variances, the report, the minutes.
 
-    python scripts/results_page.py --config smollm --report workspaces/smollm/report --notes docs/results/smollm_notes.md \
-        --output docs/results/smollm.md
+    python scripts/results_page.py --config smollm --report workspaces/smollm/report \
+        --notes docs/results/smollm_notes.md --output docs/results/smollm.md
 
 Every figure on the page is read from a file that a stage wrote; the notes are the only prose that is put in.
 """
@@ -69,7 +69,14 @@ def reward_section(config) -> str:
                     f"{metrics['bag_of_words']:.1%}",
                 ]
             )
-    head = ["reward", "trained on", "examples", "held-out accuracy [95 %]", "cross-validated", "bag of words, same examples"]
+    head = [
+        "reward",
+        "trained on",
+        "examples",
+        "held-out accuracy [95 %]",
+        "cross-validated",
+        "bag of words, same examples",
+    ]
     return table(head, rows)
 
 
@@ -126,10 +133,18 @@ def main(argv: list[str] | None = None) -> int:
     figures.mkdir(parents=True, exist_ok=True)
     for image in sorted(args.report.glob("*.png")):
         shutil.copyfile(image, figures / (prefix + image.name))
-        report = report.replace(f"]({image.name})", f"](figures/{prefix}{image.name})").replace(f"![{image.name}]", f"![{image.stem}]")
+        report = report.replace(f"]({image.name})", f"](figures/{prefix}{image.name})").replace(
+            f"![{image.name}]", f"![{image.stem}]"
+        )
     report = re.sub(r"^#", "##", report, flags=re.MULTILINE)
     shutil.copyfile(args.report / "report.json", args.output.with_suffix(".json"))
-    parts = [args.notes.read_text().rstrip() + "\n", "## Reward models\n", reward_section(config), "## Value models\n", value_section(config, args.iteration)]
+    parts = [
+        args.notes.read_text().rstrip() + "\n",
+        "## Reward models\n",
+        reward_section(config),
+        "## Value models\n",
+        value_section(config, args.iteration),
+    ]
     log = config.default_path("run.log")
     if log.is_file():
         parts += ["## Minutes\n", minutes_section(log)]

@@ -41,7 +41,7 @@ def step(reference, value_models, weights, tokens, *, beta, k, temperature, norm
     if not value_models:
         total = sum(p)
         return ids, p, None, [x / total for x in p]
-    v = [sum(w * value_of(m, tokens + [i]) for m, w in zip(value_models, weights)) for i in ids]
+    v = [sum(w * value_of(m, tokens + [i]) for m, w in zip(value_models, weights, strict=False)) for i in ids]
     if normalization == "minmax":
         u = [(x - min(v)) / (max(v) - min(v) + 1e-6) for x in v]
     elif normalization == "zscore":
@@ -50,7 +50,7 @@ def step(reference, value_models, weights, tokens, *, beta, k, temperature, norm
         u = [(x - mean) / (std + 1e-6) for x in v]
     else:
         u = [min(x, clip / beta) if beta and clip else x for x in v]
-    odds = [a * math.exp(beta * b) for a, b in zip(p, u)]
+    odds = [a * math.exp(beta * b) for a, b in zip(p, u, strict=False)]
     return ids, p, u, [o / sum(odds) for o in odds]
 
 
@@ -73,7 +73,9 @@ def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos
     return tokens, log_ratio, steps
 
 
-def beam_search(reference, value_models, weights, prompt, key, *, num_beams, num_samples, max_new_tokens, eos, **settings):
+def beam_search(
+    reference, value_models, weights, prompt, key, *, num_beams, num_samples, max_new_tokens, eos, **settings
+):
     """All completions (tokens, value, finished) of one prompt, best first, from the published description alone."""
     finished, beams = [], [[]]
     for t in range(max_new_tokens):
@@ -89,7 +91,7 @@ def beam_search(reference, value_models, weights, prompt, key, *, num_beams, num
                     if running > threshold:
                         chosen = i
                         break
-                value = sum(w * value_of(m, text + [ids[chosen]]) for m, w in zip(value_models, weights))
+                value = sum(w * value_of(m, text + [ids[chosen]]) for m, w in zip(value_models, weights, strict=False))
                 continuations.append((tokens + [ids[chosen]], value))
         continuations.sort(key=lambda c: -c[1])
         finished += [(c, v, True) for c, v in continuations if c[-1] == eos]
@@ -100,5 +102,5 @@ def beam_search(reference, value_models, weights, prompt, key, *, num_beams, num
             values.append(rest[len(values) % len(rest)][1])
         if not beams:
             break
-    finished += [(c, v, False) for c, v in zip(beams, values)]
+    finished += [(c, v, False) for c, v in zip(beams, values, strict=False)]
     return sorted(finished, key=lambda f: -f[1])

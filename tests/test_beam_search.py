@@ -27,7 +27,9 @@ def test_beam_search_equals_the_slow_version_token_by_token(architecture, beams,
     for prompt, key, completions in zip(prompts, keys, found, strict=True):
         settings = dict(beta=3.0, k=6, temperature=1.0, eos=eos)
         expected = brute_force.beam_search(reference, list(values.values()), [0.4, 0.6], prompt, key, **run, **settings)
-        assert [(c.token_ids, c.finished) for c in completions] == [(tokens, finished) for tokens, _, finished in expected]
+        assert [(c.token_ids, c.finished) for c in completions] == [
+            (tokens, finished) for tokens, _, finished in expected
+        ]
         assert [c.value for c in completions] == pytest.approx([value for _, value, _ in expected], abs=1e-5)
 
 
@@ -46,7 +48,9 @@ def test_more_beams_find_better_values():
     _, _, policy = make_policy()
     prompts = make_prompts(12, seed=6)
     run = dict(keys=[(i,) for i in range(12)], num_return=1, max_new_tokens=8, eos_token_id=None)
-    mean = [sum(c.value for [c] in beam_search(policy, prompts, num_beams=q, num_samples=2, **run)) / 12 for q in (1, 6)]
+    mean = [
+        sum(c.value for [c] in beam_search(policy, prompts, num_beams=q, num_samples=2, **run)) / 12 for q in (1, 6)
+    ]
     assert mean[1] > mean[0]
 
 
@@ -66,4 +70,12 @@ def test_numbers_below_one_are_refused(name):
 
 def test_a_policy_without_values_cannot_be_searched():
     with pytest.raises(ValueError, match="ReferencePolicy has none"):
-        beam_search(ReferencePolicy(causal_lm("gpt2")), [[VOCAB - 1]], keys=[(0,)], num_beams=2, num_return=1, max_new_tokens=2, eos_token_id=None)
+        beam_search(
+            ReferencePolicy(causal_lm("gpt2")),
+            [[VOCAB - 1]],
+            keys=[(0,)],
+            num_beams=2,
+            num_return=1,
+            max_new_tokens=2,
+            eos_token_id=None,
+        )

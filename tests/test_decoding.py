@@ -43,7 +43,9 @@ def test_decoding_equals_brute_force_on_every_architecture(name):
     completions = decode(policy, prompts, keys=keys, max_new_tokens=9, eos_token_id=EOS, batch_size=2, trace=True)
     for prompt, key, completion in zip(prompts, keys, completions, strict=True):
         settings = dict(beta=3.0, k=8, temperature=0.8)
-        expected = brute_force.decode(reference, list(values.values()), [0.3, 0.7], prompt, key, max_new_tokens=9, eos=EOS, **settings)
+        expected = brute_force.decode(
+            reference, list(values.values()), [0.3, 0.7], prompt, key, max_new_tokens=9, eos=EOS, **settings
+        )
         assert_same(completion, expected)
 
 
@@ -54,29 +56,50 @@ def test_every_normalisation_equals_brute_force(normalization):
     prompt, key = make_prompts(1)[0], (4, 4)
     [completion] = decode(policy, [prompt], keys=[key], max_new_tokens=8, eos_token_id=None, batch_size=1, trace=True)
     settings = dict(beta=8.0, k=5, temperature=1.0, normalization=normalization)
-    assert_same(completion, brute_force.decode(reference, [value], [1.0], prompt, key, max_new_tokens=8, eos=None, **settings))
+    assert_same(
+        completion, brute_force.decode(reference, [value], [1.0], prompt, key, max_new_tokens=8, eos=None, **settings)
+    )
 
 
 def test_float32_is_within_2e_5_of_brute_force():
     reference, value = causal_lm("llama_full", dtype=torch.float32), value_model("llama_full", dtype=torch.float32)
     policy = MavisPolicy(reference, {"a": value}, {"a": 1.0}, beta=3.0)
     prompts = make_prompts(3, seed=5)
-    completions = decode(policy, prompts, keys=[(i,) for i in range(3)], max_new_tokens=8, eos_token_id=EOS, batch_size=3, trace=True)
+    completions = decode(
+        policy, prompts, keys=[(i,) for i in range(3)], max_new_tokens=8, eos_token_id=EOS, batch_size=3, trace=True
+    )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         settings = dict(beta=3.0, k=15, temperature=1.0)
-        assert_same(completion, brute_force.decode(reference, [value], [1.0], prompt, (i,), max_new_tokens=8, eos=EOS, **settings), 2e-5)
+        assert_same(
+            completion,
+            brute_force.decode(reference, [value], [1.0], prompt, (i,), max_new_tokens=8, eos=EOS, **settings),
+            2e-5,
+        )
 
 
 def test_the_reference_policy_is_the_top_k_cut_renormalised():
     reference = causal_lm("gpt2")
-    [completion] = decode(ReferencePolicy(reference, top_k=4), [[5, 6, 7]], keys=[(1,)], max_new_tokens=10, eos_token_id=EOS, batch_size=1, trace=True)
-    assert_same(completion, brute_force.decode(reference, [], [], [5, 6, 7], (1,), max_new_tokens=10, eos=EOS, beta=0.0, k=4, temperature=1.0))
+    [completion] = decode(
+        ReferencePolicy(reference, top_k=4),
+        [[5, 6, 7]],
+        keys=[(1,)],
+        max_new_tokens=10,
+        eos_token_id=EOS,
+        batch_size=1,
+        trace=True,
+    )
+    assert_same(
+        completion,
+        brute_force.decode(
+            reference, [], [], [5, 6, 7], (1,), max_new_tokens=10, eos=EOS, beta=0.0, k=4, temperature=1.0
+        ),
+    )
     assert completion.log_ratio == pytest.approx(completion.log_prob - completion.reference_log_prob, abs=1e-9)
     assert completion.log_ratio > 0
 
 
 def test_a_key_gives_the_same_tokens_in_any_company_and_any_batch():
-    """In float64, where a batch's shape changes a probability by 1e-15: a flip would need a uniform that near to an edge."""
+    """In float64 a batch's shape changes a probability by 1e-15: a flip would need a uniform that near to an edge."""
     name = "llama_grouped_tied"
     policy = MavisPolicy(causal_lm(name), {"a": value_model(name)}, {"a": 1.0}, beta=4.0, top_k=6)
     prompts, keys = make_prompts(11, seed=3), [(7, i, 0) for i in range(11)]
@@ -111,7 +134,14 @@ def test_equal_prompts_are_read_once(monkeypatch):
     policy = ReferencePolicy(causal_lm("llama_full"))
     read, prefill = [], policy.prefill
     monkeypatch.setattr(policy, "prefill", lambda prompts: read.extend(prompts) or prefill(prompts))
-    decode(policy, [[5, 6, 7]] * 6 + [[8, 9]] * 6, keys=[(i,) for i in range(12)], max_new_tokens=3, eos_token_id=None, batch_size=4)
+    decode(
+        policy,
+        [[5, 6, 7]] * 6 + [[8, 9]] * 6,
+        keys=[(i,) for i in range(12)],
+        max_new_tokens=3,
+        eos_token_id=None,
+        batch_size=4,
+    )
     assert read == [[5, 6, 7], [8, 9]]
 
 
@@ -119,8 +149,12 @@ def test_no_token_passes_a_model_twice():
     """Of one prompt and n new tokens the reference reads all but the last, a value model reads k candidates a step."""
     reference, value = causal_lm("llama_full"), value_model("llama_full")
     seen = {"reference": 0, "value": 0}
-    reference.model.register_forward_hook(lambda m, a, kw, o: seen.__setitem__("reference", seen["reference"] + kw["input_ids"].numel()), with_kwargs=True)
-    value.model.register_forward_hook(lambda m, a, kw, o: seen.__setitem__("value", seen["value"] + kw["input_ids"].numel()), with_kwargs=True)
+    reference.model.register_forward_hook(
+        lambda m, a, kw, o: seen.__setitem__("reference", seen["reference"] + kw["input_ids"].numel()), with_kwargs=True
+    )
+    value.model.register_forward_hook(
+        lambda m, a, kw, o: seen.__setitem__("value", seen["value"] + kw["input_ids"].numel()), with_kwargs=True
+    )
     policy = MavisPolicy(reference, {"a": value}, {"a": 1.0}, beta=1.0, top_k=5)
     decode(policy, [[5, 6, 7, 8]], keys=[(0,)], max_new_tokens=10, eos_token_id=None, batch_size=1)
     assert seen == {"reference": 4 + 9, "value": 4 + 5 * 10}
@@ -128,12 +162,14 @@ def test_no_token_passes_a_model_twice():
 
 def test_samples_follow_the_exact_distribution():
     """4,000 two-token texts from a vocabulary cut to 3: by Hoeffding's inequality and a union bound over the 9 texts, a
-    frequency is off by more than 0.0390 with probability below 9 * 2 * exp(-2 * 4000 * 0.039^2) = 1e-4; the seed is fixed."""
+    frequency is off by more than 0.0390 with probability below 9 * 2 * exp(-2 * 4000 * 0.039^2) = 1e-4."""
     name = "llama_full"
     reference, value = causal_lm(name), value_model(name)
     prompt, n = [5, 6, 7], 4000
     policy = MavisPolicy(reference, {"a": value}, {"a": 1.0}, beta=2.0, top_k=3)
-    completions = decode(policy, [prompt] * n, keys=[(1, i) for i in range(n)], max_new_tokens=2, eos_token_id=None, batch_size=500)
+    completions = decode(
+        policy, [prompt] * n, keys=[(1, i) for i in range(n)], max_new_tokens=2, eos_token_id=None, batch_size=500
+    )
     exact = {}
     settings = dict(beta=2.0, k=3, temperature=1.0)
     ids, _, _, first = brute_force.step(reference, [value], [1.0], prompt, **settings)
@@ -147,9 +183,13 @@ def test_samples_follow_the_exact_distribution():
 
 def test_the_token_table_policy_tilts_by_the_candidate_alone():
     reference = causal_lm("llama_full")
-    table = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))]
+    table = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)[
+        torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    ]
     policy = TokenTablePolicy(reference, {"a": table, "b": -2 * table}, {"a": 0.75, "b": 0.25}, beta=2.0, top_k=6)
-    [completion] = decode(policy, [[5, 6, 7]], keys=[(0,)], max_new_tokens=6, eos_token_id=None, batch_size=1, trace=True)
+    [completion] = decode(
+        policy, [[5, 6, 7]], keys=[(0,)], max_new_tokens=6, eos_token_id=None, batch_size=1, trace=True
+    )
     text = [5, 6, 7]
     for step in completion.steps:
         ids, p_ref, _, _ = brute_force.step(reference, [], [], text, beta=0, k=6, temperature=1.0)
@@ -176,7 +216,16 @@ def test_the_prompt_table_policy_gives_each_row_its_own_prompts_table():
 def test_a_mixture_adds_logits_and_takes_its_log_ratio_against_the_reference():
     a, b, reference = causal_lm("llama_full", 0), causal_lm("llama_full", 1), causal_lm("llama_full", 2)
     policy = MixturePolicy([a, b], [0.25, 0.75], top_k=5)
-    [c] = decode(policy, [[5, 6, 7]], keys=[(0,)], max_new_tokens=5, eos_token_id=None, batch_size=1, trace=True, reference=reference)
+    [c] = decode(
+        policy,
+        [[5, 6, 7]],
+        keys=[(0,)],
+        max_new_tokens=5,
+        eos_token_id=None,
+        batch_size=1,
+        trace=True,
+        reference=reference,
+    )
     text, total = [5, 6, 7], 0.0
     for step, token in zip(c.steps, c.token_ids, strict=True):
         with torch.no_grad():
@@ -198,7 +247,10 @@ def test_texts_are_scored_as_one_at_a_time():
     prompts, responses = make_prompts(5), make_prompts(5, seed=9)
     scores = score_texts(model, prompts, responses, temperature=0.7, batch_size=2)
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
-        logs = [math.log(brute_force.next_token_probs(model, prompt + response[:t], 0.7)[response[t]]) for t in range(len(response))]
+        logs = [
+            math.log(brute_force.next_token_probs(model, prompt + response[:t], 0.7)[response[t]])
+            for t in range(len(response))
+        ]
         assert score == pytest.approx(sum(logs), abs=1e-6)
 
 
@@ -238,7 +290,9 @@ def test_with_exact_soft_values_the_tilted_policy_is_the_kl_regularised_optimum(
     generator = torch.Generator().manual_seed(0)
     transition = torch.rand(v, v, generator=generator, dtype=torch.float64).softmax(-1)
     reward = torch.rand((v,) * horizon, generator=generator, dtype=torch.float64)  # of the whole text, but see below
-    reward = reward.sum(dim=(0, 1), keepdim=True).expand_as(reward) / v  # a reward of the last token: values fit a table
+    reward = (
+        reward.sum(dim=(0, 1), keepdim=True).expand_as(reward) / v
+    )  # a reward of the last token: values fit a table
     start = 1
 
     p_text = {}
@@ -252,9 +306,17 @@ def test_with_exact_soft_values_the_tilted_policy_is_the_kl_regularised_optimum(
     table[horizon] = reward[0, 0]
     for t in range(horizon - 1, 0, -1):  # soft Bellman: V_t(a) = 1/beta log sum_b p(b|a) exp(beta V_{t+1}(b))
         table[t] = torch.log(transition @ torch.exp(beta * table[t + 1])) / beta
-    policy = MavisPolicy(MarkovLM(transition), {"r": ExactValue(table)}, {"r": 1.0}, beta=beta, top_k=v, normalization="none", clip=None)
+    policy = MavisPolicy(
+        MarkovLM(transition), {"r": ExactValue(table)}, {"r": 1.0}, beta=beta, top_k=v, normalization="none", clip=None
+    )
     completions = decode(
-        policy, [[start]] * 400, keys=[(0, i) for i in range(400)], max_new_tokens=horizon, eos_token_id=None, batch_size=400, trace=True
+        policy,
+        [[start]] * 400,
+        keys=[(0, i) for i in range(400)],
+        max_new_tokens=horizon,
+        eos_token_id=None,
+        batch_size=400,
+        trace=True,
     )
     seen = set()
     for c in completions:
@@ -279,7 +341,9 @@ def test_with_exact_soft_values_the_tilted_policy_is_the_kl_regularised_optimum(
     ],
 )
 def test_prompts_that_cannot_be_decoded_are_named(prompts, kwargs, message):
-    arguments = dict(keys=[(i,) for i in range(len(prompts))], max_new_tokens=10, eos_token_id=EOS, batch_size=2) | kwargs
+    arguments = (
+        dict(keys=[(i,) for i in range(len(prompts))], max_new_tokens=10, eos_token_id=EOS, batch_size=2) | kwargs
+    )
     with pytest.raises(ValueError, match=message):
         decode(ReferencePolicy(causal_lm("llama_full")), prompts, **arguments)
 

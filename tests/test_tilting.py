@@ -35,9 +35,13 @@ def test_half_precision_logits_are_normalised_in_float32():
 
 def test_normalisations_by_hand():
     values = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)
-    assert tilting.normalize_values(values, "minmax")[0].tolist() == pytest.approx([0, 2 / (2 + 1e-6), 1 / (2 + 1e-6)], abs=1e-12)
+    assert tilting.normalize_values(values, "minmax")[0].tolist() == pytest.approx(
+        [0, 2 / (2 + 1e-6), 1 / (2 + 1e-6)], abs=1e-12
+    )
     std = math.sqrt(2 / 3)
-    assert tilting.normalize_values(values, "zscore")[0].tolist() == pytest.approx([-1 / (std + 1e-6), 1 / (std + 1e-6), 0], abs=1e-12)
+    assert tilting.normalize_values(values, "zscore")[0].tolist() == pytest.approx(
+        [-1 / (std + 1e-6), 1 / (std + 1e-6), 0], abs=1e-12
+    )
     assert tilting.normalize_values(values, "none") is values
     with pytest.raises(ValueError, match="minmax"):
         tilting.normalize_values(values, "minimax")
@@ -51,7 +55,10 @@ def test_equal_values_leave_the_reference_as_it_is():
 
 
 def test_tilt_is_reference_times_exponential_and_never_overflows():
-    p_ref, u = torch.tensor([[0.5, 0.2, 0.1]], dtype=torch.float64), torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64)
+    p_ref, u = (
+        torch.tensor([[0.5, 0.2, 0.1]], dtype=torch.float64),
+        torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64),
+    )
     odds = [0.5, 0.2 * math.exp(3), 0.1 * math.exp(1.5)]
     assert tilting.tilt(p_ref, u, 3.0)[0].tolist() == pytest.approx([o / sum(odds) for o in odds], abs=1e-12)
     assert tilting.tilt(p_ref, u, 1e5)[0].tolist() == pytest.approx([0, 1, 0], abs=1e-12)
@@ -96,4 +103,6 @@ def test_sampling_inverts_the_cumulative_distribution():
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.5001, 1 - 2**-53], dtype=torch.float64)
     assert tilting.sample(probs, uniform).tolist() == [0, 0, 1, 2, 2]
     assert tilting.sample(2 * probs, uniform).tolist() == [0, 0, 1, 2, 2]  # need not be normalised
-    assert tilting.sample(torch.tensor([[0.0, 1.0]]), torch.tensor([0.0])).tolist() == [1]  # never a token of probability 0
+    assert tilting.sample(torch.tensor([[0.0, 1.0]]), torch.tensor([0.0])).tolist() == [
+        1
+    ]  # never a token of probability 0

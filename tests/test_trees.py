@@ -33,7 +33,15 @@ PARENT = np.array([-1, 0, 0, 1, 1, 1, 3])
 def make_tree(index=0, seed=0):
     rng = np.random.default_rng((seed, index))
     tokens = [rng.integers(3, 50, n).astype(np.int32) for n in rng.integers(1, 6, len(PARENT))]
-    return Tree(PARENT, tokens, rng.random(len(PARENT)) * (PARENT >= 0), {}, f"prompt {index}", index, np.zeros(len(PARENT), bool))
+    return Tree(
+        PARENT,
+        tokens,
+        rng.random(len(PARENT)) * (PARENT >= 0),
+        {},
+        f"prompt {index}",
+        index,
+        np.zeros(len(PARENT), bool),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -92,12 +100,17 @@ def test_segment_lengths_are_uniform_on_the_published_range():
 def test_an_empty_range_of_lengths_gives_one_token_and_the_last_layer_takes_all():
     assert segment_length(2, 0, 5, (0,)) == 1
     assert segment_length(7, 4, 5, (0,)) == 7
-    assert all(1 <= segment_length(left, layer, 5, (left, layer)) <= left for left in range(1, 60) for layer in range(5))
+    assert all(
+        1 <= segment_length(left, layer, 5, (left, layer)) <= left for left in range(1, 60) for layer in range(5)
+    )
 
 
 def grow(policy, prompts, shape, batch_size, eos=None, seed=0):
     texts = {i: f"text {i}" for i in prompts}
-    return {t.prompt_index: t for t in grow_trees(policy, prompts, texts, shape, seed=seed, eos_token_id=eos, batch_size=batch_size)}
+    return {
+        t.prompt_index: t
+        for t in grow_trees(policy, prompts, texts, shape, seed=seed, eos_token_id=eos, batch_size=batch_size)
+    }
 
 
 def same(a, b):
@@ -130,8 +143,12 @@ def test_forked_segments_equal_brute_force_from_the_whole_prefix():
         parent = int(tree.parent[node])
         paths[node] = (*paths[parent], list(tree.children(parent)).index(node))
         prefix = tree.path_tokens(parent).tolist()
-        settings = dict(beta=2.0, k=5, temperature=1.0, normalization="none", max_new_tokens=len(tree.tokens[node]), eos=None)
-        tokens, log_ratio, _ = brute_force.decode(reference, [value], [1.0], prefix, (0, 3, *paths[node], 2), **settings)
+        settings = dict(
+            beta=2.0, k=5, temperature=1.0, normalization="none", max_new_tokens=len(tree.tokens[node]), eos=None
+        )
+        tokens, log_ratio, _ = brute_force.decode(
+            reference, [value], [1.0], prefix, (0, 3, *paths[node], 2), **settings
+        )
         assert tree.tokens[node].tolist() == tokens
         assert tree.log_ratio[node] == pytest.approx(log_ratio, abs=1e-5)
 
@@ -149,14 +166,20 @@ def test_a_tree_has_the_children_and_layers_that_were_asked_for(root, inner, lay
 
 
 def test_text_that_ended_has_no_children():
-    tree = grow(ReferencePolicy(causal_lm("llama_full"), top_k=3), {0: [5, 6]}, TreeShape(8, 2, 3, 20), 16, eos=list(range(3, 30)))[0]
+    tree = grow(
+        ReferencePolicy(causal_lm("llama_full"), top_k=3),
+        {0: [5, 6]},
+        TreeShape(8, 2, 3, 20),
+        16,
+        eos=list(range(3, 30)),
+    )[0]
     assert tree.finished.any()
     for node in np.flatnonzero(tree.finished):
         assert len(tree.children(node)) == 0
 
 
 def test_dynamic_splitting_leaves_no_child_of_the_root_a_leaf():
-    """Ended children are cut: the pieces are the text that would have been, and the other children grow from the cut."""
+    """Ended children are cut: the pieces are the text that would have been, and others grow from the cut."""
     policy, prompts = ReferencePolicy(causal_lm("llama_full"), top_k=6), {i: [5, 6, 7 + i] for i in range(6)}
     eos = [2, 9, 11, 13, 17, 23]
     plain = grow(policy, prompts, TreeShape(2, 3, 3, 20), 16, eos=eos)
@@ -294,7 +317,13 @@ def corrupt(kind, folder):
         record.write_text('{"a": 1}')
     else:
         data = json.loads(record.read_text())
-        data.update({"cycle": {"parent": [-1, 2, 1, 1, 1, 1, 3]}, "nan": {"values": {"help": [math.nan] * 7}}, "wrong type": {"parent": "abc"}}[kind])
+        data.update(
+            {
+                "cycle": {"parent": [-1, 2, 1, 1, 1, 1, 3]},
+                "nan": {"values": {"help": [math.nan] * 7}},
+                "wrong type": {"parent": "abc"},
+            }[kind]
+        )
         record.write_text(json.dumps(data))
 
 

@@ -22,11 +22,20 @@ class DataError(ValueError):
 def add_common(parser: ArgumentParser) -> None:
     """The arguments of every script."""
     group = parser.add_argument_group("common")
-    group.add_argument("--config", help="configuration: a YAML file or a name in configs/ (default: $MAVIS_CONFIG, else the paper's)")
+    group.add_argument(
+        "--config", help="configuration: a YAML file or a name in configs/ (default: $MAVIS_CONFIG, else the paper's)"
+    )
     group.add_argument("--workspace", help="folder of everything the stages make (default: the configuration's)")
     group.add_argument("--device", help="torch device, e.g. cuda:1 or cpu (default: the first GPU, else the CPU)")
-    group.add_argument("--wandb", action=BooleanOptionalAction, default=False, help="log to Weights & Biases (mode from its environment)")
-    group.add_argument("--dry_run", action="store_true", help="print what would be loaded, and from where; load nothing")
+    group.add_argument(
+        "--wandb",
+        action=BooleanOptionalAction,
+        default=False,
+        help="log to Weights & Biases (mode from its environment)",
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="print what would be loaded, and from where; load nothing"
+    )
 
 
 def config_from(args: Namespace) -> Config:
@@ -75,11 +84,15 @@ def parse_weights(text: str, objectives: Sequence[str]) -> dict[str, float]:
     if not any(cells):
         raise UsageError(f"--obj_weights {text!r} has no weight; give numbers that sum to 1, in the order {order}")
     if len(cells) > len(objectives):
-        raise UsageError(f"--obj_weights {text!r} has {len(cells)} weights for the {len(objectives)} objectives {order}")
+        raise UsageError(
+            f"--obj_weights {text!r} has {len(cells)} weights for the {len(objectives)} objectives {order}"
+        )
     try:
         weights = [float(c) if c else 0.0 for c in cells]
     except ValueError:
-        raise UsageError(f"--obj_weights {text!r}: each weight must be a number or empty, in the order {order}") from None
+        raise UsageError(
+            f"--obj_weights {text!r}: each weight must be a number or empty, in the order {order}"
+        ) from None
     if any(not math.isfinite(w) or w < 0 for w in weights):
         raise UsageError(f"--obj_weights {text!r}: weights must be finite and not negative")
     if abs(sum(weights) - 1.0) > 1e-6:
@@ -97,14 +110,18 @@ def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[
     if len(cells) == 1 and cells[0]:
         cells = cells * len(objectives)
     if len(cells) > len(objectives):
-        raise UsageError(f"--value_model_iter {text!r} has {len(cells)} places for the {len(objectives)} objectives {','.join(objectives)}")
+        raise UsageError(
+            f"--value_model_iter {text!r} has {len(cells)} places for the objectives {','.join(objectives)}"
+        )
     cells += [""] * (len(objectives) - len(cells))
     iterations = {}
     for name, cell in zip(objectives, cells, strict=True):
         if name not in weights:
             continue
         if not cell.isdecimal():
-            raise UsageError(f"--value_model_iter {text!r}: {name} has a weight and needs an iteration (0, 1, ...), got {cell!r}")
+            raise UsageError(
+                f"--value_model_iter {text!r}: {name} has a weight and needs an iteration (0, 1, ...), got {cell!r}"
+            )
         iterations[name] = int(cell)
     return iterations
 

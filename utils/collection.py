@@ -21,17 +21,23 @@ def add_collection_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
     group.add_argument("--data_split", default="train", help="which split's prompts (default: train)")
-    group.add_argument("--output_dir", type=Path, help="folder of the trees (default: below <workspace>/tree_data/<dataset>)")
+    group.add_argument(
+        "--output_dir", type=Path, help="folder of the trees (default: below <workspace>/tree_data/<dataset>)"
+    )
     group = parser.add_argument_group("trees")
     group.add_argument("--root_children", type=int, help="children of the root")
     group.add_argument("--non_root_children", type=int, help="children of every other inner node")
     group.add_argument("--num_layers", type=int, help="layers below the root")
-    group.add_argument("--max_new_tokens", type=int, help="tokens from the prompt's end to a leaf (default: the data set's)")
+    group.add_argument(
+        "--max_new_tokens", type=int, help="tokens from the prompt's end to a leaf (default: the data set's)"
+    )
     group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=float, help="divides the logits (default: the configuration's)")
     group.add_argument("--topk", type=int, help="candidates per step (default: the configuration's)")
     group.add_argument("--seed", type=int, default=0, help="base seed (default: 0)")
-    group.add_argument("--seed_increment", type=int, default=0, help="added to the seed, for another set of trees (default: 0)")
+    group.add_argument(
+        "--seed_increment", type=int, default=0, help="added to the seed, for another set of trees (default: 0)"
+    )
     group.add_argument("--batch_size", type=int, help="segments that grow at a time (default: the configuration's)")
     cli.add_common(parser)
 
@@ -47,7 +53,11 @@ def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: P
     cli.report_dry_run(
         [
             ("reference", reference, cli.found(reference, made_by)),
-            ("prompts", str(csv), cli.found(str(csv), f"dataset_preprocess.py {dataset.name} --split {args.data_split}")),
+            (
+                "prompts",
+                str(csv),
+                cli.found(str(csv), f"dataset_preprocess.py {dataset.name} --split {args.data_split}"),
+            ),
             *more,
             ("trees", str(output_dir), "made by this stage"),
         ]
@@ -98,14 +108,20 @@ def collect(
 
     check_arguments(dataset, args)
     fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
-    fields |= {k: getattr(args, k) for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens") if getattr(args, k) is not None}
+    fields |= {
+        k: getattr(args, k)
+        for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens")
+        if getattr(args, k) is not None
+    }
     tree_shape = TreeShape(**fields)
     temperature = config.decoding.temperature if args.temperature is None else args.temperature
     top_k = config.decoding.top_k if args.topk is None else args.topk
     seed = args.seed + args.seed_increment
     texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
     if args.start >= len(texts):
-        raise cli.DataError(f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}")
+        raise cli.DataError(
+            f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}"
+        )
     made_with = {
         **policy,
         "reference": fingerprint(config.sft_path(dataset)),

@@ -263,7 +263,9 @@ def _build(cls, data, where: str, file: Path, **given):
     names = [f.name for f in dataclasses.fields(cls) if f.name not in given]
     for key in data:
         if key not in names:
-            raise ConfigError(f"{file}: unknown key {(where + '.' if where else '') + str(key)!r}; {nearest(key, names)}")
+            raise ConfigError(
+                f"{file}: unknown key {(where + '.' if where else '') + str(key)!r}; {nearest(key, names)}"
+            )
     values = dict(given)
     for f in dataclasses.fields(cls):
         if f.name in given:
@@ -357,7 +359,9 @@ LEAST = {
         "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
         "num_val_prompts", "max_rows", "top_k", "num_trials",
     )
-} | {name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")}  # fmt: skip
+} | {
+    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")
+}  # fmt: skip
 ABOVE_ZERO = ("lr", "temperature")
 TEMPLATE_FIELDS = {
     "reference_template": ("prompt", "user"),

@@ -101,7 +101,9 @@ class _Rows:
         log_p, log_q = (p.gather(1, pick).squeeze(1).double().log() for p in (step.p_tilt, step.p_ref))
         self.log_prob += torch.where(self.alive, log_p, 0.0)
         self.reference_log_prob += torch.where(self.alive, log_q, 0.0)
-        self.log_ratios.scatter_(1, place, torch.where(self.alive, log_p - log_q, self.log_ratios.gather(1, place).squeeze(1)).unsqueeze(1))
+        self.log_ratios.scatter_(
+            1, place, torch.where(self.alive, log_p - log_q, self.log_ratios.gather(1, place).squeeze(1)).unsqueeze(1)
+        )
         self.finished |= self.alive & (token.unsqueeze(1) == eos).any(1)
         self.count += self.alive
         self.alive &= ~self.finished & (self.count < self.budget)
@@ -209,7 +211,9 @@ def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int) -> 
         return
     while waiting:
         group, longest = [], 0
-        while waiting and max(longest, len(waiting[0].tokens)) * (len(group) + 1) <= max(PREFILL_TOKENS, len(waiting[0].tokens)):
+        while waiting and max(longest, len(waiting[0].tokens)) * (len(group) + 1) <= max(
+            PREFILL_TOKENS, len(waiting[0].tokens)
+        ):
             longest = max(longest, len(waiting[0].tokens))
             group.append(waiting.pop(0))
         for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group]), strict=True):
@@ -259,7 +263,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
             raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
         if context is not None and len(prompt) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the context of {context} tokens; "
+                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the context "
+                f"of {context} tokens; "
                 "shorten the prompt or lower max_new_tokens"
             )
 
@@ -384,7 +389,9 @@ def beam_search(
     return results
 
 
-def _search(policy, prompts, keys, num_beams: int, num_samples: int, max_new_tokens: int, eos: set[int]) -> list[list[Completion]]:
+def _search(
+    policy, prompts, keys, num_beams: int, num_samples: int, max_new_tokens: int, eos: set[int]
+) -> list[list[Completion]]:
     """The search of a group of prompts that share a batch: all their completions, in no order."""
     policy.open(len(prompts))
     policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts]))
@@ -397,14 +404,22 @@ def _search(policy, prompts, keys, num_beams: int, num_samples: int, max_new_tok
         folded = [[tilting.fold_key(beam_key(keys[p], b, d)) for d in range(num_samples)] for p, b in rows]
         uniform = tilting.uniforms(torch.tensor(folded, device=device).T.reshape(-1), torch.tensor(t, device=device))
         choice = tilting.sample(step.p_tilt.repeat(num_samples, 1), uniform).view(num_samples, -1).T  # (rows, samples)
-        drawn = [x.gather(1, choice) for x in (step.token_ids, policy.combined, step.p_tilt.double().log(), step.p_ref.double().log())]
+        drawn = [
+            x.gather(1, choice)
+            for x in (step.token_ids, policy.combined, step.p_tilt.double().log(), step.p_ref.double().log())
+        ]
         choices, (tokens, values, log_p, log_q) = choice.tolist(), (x.tolist() for x in drawn)
 
         offspring: list[list[tuple[_Beam, int, int]]] = [[] for _ in prompts]  # (beam, row, candidate)
         for row, (p, b) in enumerate(rows):
             old = beams[p][b]
             for d in range(num_samples):
-                new = _Beam([*old.tokens, tokens[row][d]], old.log_prob + log_p[row][d], old.reference_log_prob + log_q[row][d], values[row][d])
+                new = _Beam(
+                    [*old.tokens, tokens[row][d]],
+                    old.log_prob + log_p[row][d],
+                    old.reference_log_prob + log_q[row][d],
+                    values[row][d],
+                )
                 offspring[p].append((new, row, choices[row][d]))
         keep_rows, keep_choices = [], []
         for p, continuations in enumerate(offspring):
@@ -427,7 +442,12 @@ def _search(policy, prompts, keys, num_beams: int, num_samples: int, max_new_tok
 
 @torch.inference_mode()
 def score_texts(
-    model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, temperature: float = 1.0, batch_size: int = 16
+    model,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 16,
 ) -> list[float]:
     """Sum of a language model's log-probabilities of each response after its prompt, one pass over each text."""
     model = model.languages[0].model if isinstance(model, _Policy) else model

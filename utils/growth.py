@@ -126,7 +126,12 @@ def grow_trees(
         tree.segments[path] = (completion.token_ids, completion.log_ratio, completion.finished)
         if on_tokens is not None:
             on_tokens(len(completion.token_ids))
-        if shape.dynamic_splitting and len(path) == 1 < shape.num_layers and completion.finished and len(completion.token_ids) > 1:
+        if (
+            shape.dynamic_splitting
+            and len(path) == 1 < shape.num_layers
+            and completion.finished
+            and len(completion.token_ids) > 1
+        ):
             queue.extendleft(reversed(split(index, path, completion)))
         if state is not None:  # depth first, so that few states wait for their turn
             queue.extendleft(reversed(child_jobs(index, path, state, used + len(completion.token_ids))))

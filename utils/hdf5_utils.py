@@ -235,8 +235,17 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
             if f"prompt{index}" not in file:
                 raise DataError(f"{data_dir / TOKENS} has no entry prompt{index}")
             offsets, flat = _read_entry(file, index, data_dir / TOKENS)
-    if offsets.ndim != 1 or flat.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
-        raise DataError(f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens")
+    if (
+        offsets.ndim != 1
+        or flat.ndim != 1
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != len(flat)
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise DataError(
+            f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens"
+        )
     return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
@@ -262,7 +271,9 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
         stored = np.load(path, allow_pickle=False)
         count = int(stored[0])
     except (ValueError, OSError, EOFError, IndexError, TypeError) as error:
-        raise DataError(f"{path} is corrupt ({error}); delete it and its tree's JSON file, and collect again") from error
+        raise DataError(
+            f"{path} is corrupt ({error}); delete it and its tree's JSON file, and collect again"
+        ) from error
     return stored[1 : 1 + count], stored[1 + count :]
 
 
@@ -272,7 +283,9 @@ def _open(path: Path) -> h5py.File:
     except FileNotFoundError:
         raise DataError(f"no {path}; collect trees with get_data_base.py, or name the folder that holds them") from None
     except OSError as error:
-        raise DataError(f"{path} is no readable HDF5 file ({' '.join(str(error).split())}); it may be truncated") from error
+        raise DataError(
+            f"{path} is no readable HDF5 file ({' '.join(str(error).split())}); it may be truncated"
+        ) from error
 
 
 def _read_json(path: Path) -> dict:
@@ -306,7 +319,9 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
                     with _open(sources[name]) as other:
                         theirs = _read_entry(other, index, sources[name])
                     if not all(map(np.array_equal, entry, theirs)):
-                        raise DataError(f"{path} and {sources[name]} hold two different trees named {name}; nothing was merged")
+                        raise DataError(
+                            f"{path} and {sources[name]} hold two different trees named {name}; nothing was merged"
+                        )
                 sources.setdefault(name, path)
     output = Path(output_file)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,9 @@ def leaf_texts(tree: Tree, tokenizer) -> list[str]:
     return tokenizer.batch_decode([tree.response_tokens(n) for n in tree.leaves], skip_special_tokens=True)
 
 
-def label_trees(data_dir: Path, objectives: Sequence[str], rewards: RewardSet, tokenizer, relabel: bool = False) -> Iterator[Tree]:
+def label_trees(
+    data_dir: Path, objectives: Sequence[str], rewards: RewardSet, tokenizer, relabel: bool = False
+) -> Iterator[Tree]:
     """Score the leaves of every tree that lacks one of the objectives, write the values, and yield the tree."""
     indices = tree_indices(data_dir)
     bar = cli.progress(total=len(indices), desc="labels", unit="tree")

@@ -82,10 +82,14 @@ def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         hint = f"make it with: {made_by}" if made_by else "give a folder or a Hub name that this machine can reach"
-        raise DataError(f"{what}: no usable checkpoint at {path!r} ({type(error).__name__}: {reason}); {hint}") from error
+        raise DataError(
+            f"{what}: no usable checkpoint at {path!r} ({type(error).__name__}: {reason}); {hint}"
+        ) from error
 
 
-def load_tokenizer(path: str, special_tokens: dict[str, str] | None = None, made_by: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, special_tokens: dict[str, str] | None = None, made_by: str = ""
+) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token; `special_tokens` are added where they are missing (published: [PAD])."""
     tokenizer = _load(AutoTokenizer, path, "tokenizer", made_by)
     if special_tokens:
@@ -132,7 +136,11 @@ def _layers(path: str, num_layers: int | None, what: str, made_by: str = "") -> 
 
 
 def load_reference(
-    config: Config, dataset: DatasetSpec, device: torch.device, path: str | None = None, dtype: torch.dtype | None = None
+    config: Config,
+    dataset: DatasetSpec,
+    device: torch.device,
+    path: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen reference model of a data set and its tokenizer."""
     default, made_by = reference_path(config, dataset)
@@ -148,13 +156,21 @@ def load_reference(
     return model, tokenizer
 
 
-def load_base(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    config: Config, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model with the configuration's added tokens (what SFT starts from), and its tokenizer."""
     spec = config.base_model
     path = config.locate(spec.path)
     tokenizer = load_tokenizer(path, spec.special_tokens, spec.made_by)
     model = load_causal_lm(
-        path, device, dtype, num_layers=spec.num_layers, vocab_size=len(tokenizer), what="base model", made_by=spec.made_by
+        path,
+        device,
+        dtype,
+        num_layers=spec.num_layers,
+        vocab_size=len(tokenizer),
+        what="base model",
+        made_by=spec.made_by,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -271,7 +287,12 @@ def new_value_model(
 
 
 def load_value_model(
-    config: Config, folder: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device, dtype: torch.dtype | None = None
+    config: Config,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A trained value model with its adapter merged, in eval mode.
 
@@ -279,7 +300,9 @@ def load_value_model(
         DataError: no adapter there, or one that does not fit the configuration's value model or the vocabulary.
     """
     folder = Path(folder)
-    check_adapter_folder(folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}")
+    check_adapter_folder(
+        folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}"
+    )
     _check_trained_for(folder, tokenizer)
     base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
     merged = _load_adapter(base, folder).merge_and_unload()
@@ -297,7 +320,9 @@ def load_value_models(
     """The value models of every objective that has an iteration: {objective: model}."""
     folders = {name: value_model_folder(config, value_model_dir, n, name) for name, n in iterations.items()}
     for name, folder in folders.items():  # all are looked for before the first is loaded
-        check_adapter_folder(folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}")
+        check_adapter_folder(
+            folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}"
+        )
     return {name: load_value_model(config, folder, tokenizer, vocab_size, device) for name, folder in folders.items()}
 
 
@@ -365,7 +390,9 @@ def new_sequence_classifier(
     return model.to(device), tokenizer
 
 
-def load_encoder(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(
+    path: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sentence encoder (headless) and its tokenizer."""
     return _load(AutoModel, path, "encoder", dtype=dtype).to(device).eval(), load_tokenizer(path)
 
@@ -387,7 +414,13 @@ def merge_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel
     return _load_adapter(base, adapter).merge_and_unload().eval()
 
 
-def merged_causal_lm(path: str, adapter: str | Path, device: torch.device, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
+def merged_causal_lm(
+    path: str,
+    adapter: str | Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int | None = None,
+):
     """A causal language model with a LoRA adapter merged into it."""
     base = load_causal_lm(path, torch.device("cpu"), torch.float32, vocab_size=vocab_size)
     return merge_adapter(base, adapter).to(device, dtype)

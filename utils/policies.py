@@ -60,7 +60,9 @@ def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scalin
     b, h, q, d = query.shape
     stacked = query.reshape(b, h // groups, groups * q, d)
     mask = attention_mask.expand(b, 1, q, -1).repeat(1, 1, groups, 1) if q > 1 else attention_mask
-    out = nn.functional.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    out = nn.functional.scaled_dot_product_attention(
+        stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
     return out.reshape(b, h, q, -1).transpose(1, 2).contiguous(), None
 
 
@@ -124,7 +126,9 @@ class SlotCache(Cache):
         self.num_layers = layers
         self.store: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Write q new columns behind the layout's width; returns all columns up to them."""
         start, stop = self.layout.width, self.layout.width + key_states.shape[2]
         if layer_idx == 0:
@@ -135,7 +139,7 @@ class SlotCache(Cache):
         return keys[:, :, :stop], values[:, :, :stop]
 
     def ensure(self, like: Tensor, columns: int) -> None:
-        """Room for that many columns; `like` (B, heads, _, head size) gives the shape. Unused columns are 0, not nan."""
+        """Room for that many columns; `like` (B, heads, _, head size) gives the shape; unused columns are 0."""
         have = 0 if self.store is None else self.store.shape[4]
         if columns <= have:
             return
@@ -199,7 +203,9 @@ class CachedModel:
         if attention == "sdpa":
             config._attn_implementation = "mavis_grouped"
         try:
-            inputs = dict(input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+            inputs = dict(
+                input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            )
             if self.is_value_model:
                 hidden = self.backbone(**inputs).last_hidden_state
                 return self.head(hidden).squeeze(-1)
@@ -369,7 +375,11 @@ class _Policy:
 
     def _candidates(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(p_ref, token_ids) of the weighted sum of the models' logits, (B, k) each."""
-        total = logits[0] if self.mixture == [1.0] else sum(w * x.float() for w, x in zip(self.mixture, logits, strict=True))
+        total = (
+            logits[0]
+            if self.mixture == [1.0]
+            else sum(w * x.float() for w, x in zip(self.mixture, logits, strict=True))
+        )
         return tilting.top_k_probs(total, self.top_k, self.temperature)
 
     def _values(self) -> Tensor | None:
@@ -384,7 +394,11 @@ class _Policy:
     def distribution(self) -> Step:
         """The next-token distribution of every row; call it once a step."""
         values = self._values()
-        p_tilt = self.p_ref / self.p_ref.sum(-1, keepdim=True) if values is None else tilting.tilt(self.p_ref, values, self.beta)
+        p_tilt = (
+            self.p_ref / self.p_ref.sum(-1, keepdim=True)
+            if values is None
+            else tilting.tilt(self.p_ref, values, self.beta)
+        )
         return Step(self.token_ids, self.p_ref, p_tilt, values)
 
     @torch.inference_mode()
@@ -425,7 +439,9 @@ class _TiltedPolicy(_Policy):
     """A reference whose candidates are tilted by the combined, normalised values of several objectives."""
 
     def __init__(self, reference, weights, *, beta, top_k, temperature, normalization, clip):
-        super().__init__([getattr(reference, "reference_model", reference)], [1.0], top_k=top_k, temperature=temperature)
+        if isinstance(reference, _Policy):
+            reference = reference.languages[0].model
+        super().__init__([reference], [1.0], top_k=top_k, temperature=temperature)
         if not math.isfinite(beta) or beta < 0:
             raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
         if normalization not in tilting.NORMALIZATIONS:
@@ -554,7 +570,10 @@ def _aligned(things, weights, what: str) -> tuple[list, list[float]]:
     if isinstance(weights, Mapping):
         missing = [name for name, w in weights.items() if w != 0 and name not in things]
         if missing:
-            raise ValueError(f"no {what} for {', '.join(missing)}, which has a weight; given: {', '.join(map(str, things)) or 'none'}")
+            raise ValueError(
+                f"no {what} for {', '.join(missing)}, which has a weight; "
+                f"given: {', '.join(map(str, things)) or 'none'}"
+            )
         pairs = [(name, things[name] if w else None, w) for name, w in weights.items()]
     else:
         things = list(things.values()) if isinstance(things, Mapping) else list(things)

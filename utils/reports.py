@@ -129,7 +129,9 @@ def load_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
             folders[path] = None
         else:
             found = (f.parent for f in sorted(path.rglob(ARGUMENTS)))
-            folders.update(dict.fromkeys(f for f in found if (f / SAMPLES).is_file()))  # value models have args.yaml too
+            folders.update(
+                dict.fromkeys(f for f in found if (f / SAMPLES).is_file())
+            )  # value models have args.yaml too
     newest: dict[str, RunRecord] = {}
     left_out = []
     for folder in folders:

@@ -132,7 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         rows = [
             ("base model", base, found(base, config.base_model.made_by)),
-            ("adapter", str(adapter), found(adapter, f"python Finetuning/SFT/sft.py --exp_type {args.exp_type or '...'}")),
+            (
+                "adapter",
+                str(adapter),
+                found(adapter, f"python Finetuning/SFT/sft.py --exp_type {args.exp_type or '...'}"),
+            ),
             ("merged model", str(output), "here" if output.exists() else "would be made"),
         ]
         report_dry_run(rows)
