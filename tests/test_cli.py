@@ -118,7 +118,7 @@ def test_every_flag_of_a_written_command_exists(document):
 
 def test_written_commands_are_found():
     assert len([c for d in documents() for c in commands_in((REPOSITORY / d).read_text())]) > 60
-    assert list(commands_in("run `python mavis.py --beta 4 \\\n  --x`, or not")) == [("mavis.py", " --beta 4 --x")]
+    assert list(commands_in("run `python mavis.py --beta 4 \\\n  --x`, or not")) == [("mavis.py", " --beta 4  --x")]
 
 
 def test_the_published_commands_parse():
@@ -135,8 +135,8 @@ def test_the_published_commands_parse():
         train_value_model.py --dataset anthropic --objective help --data_dir x --init_checkpoint y --output_dir z
             --num_epochs 1 --batch_size 16 --lr 2e-5 --weight_decay 2e-3 --KL_penalty 0.1 --no_warmup
         mavis.py --dataset anthropic --obj_weights 0.2,,0.8 --value_model_dir v --value_model_iter 1,,0
-            --beta 4 --track_KL --num_prompts 100 --num_trials 3 --topk 15 --temperature 1 --seed 0 --batch_size 8 --device cpu
-            --normalize_values --prompt hello --prompt -
+            --beta 4 --track_KL --num_prompts 100 --num_trials 3 --topk 15 --temperature 1 --seed 0 --batch_size 8
+            --device cpu --normalize_values --prompt hello --prompt -
         baseline_eval.py --dataset summary --num_samples 16 --obj_weights 0.5,0.5
         pareto_report.py mavis_logs baseline_logs --output_dir report
     """.replace("\n            ", " ")
@@ -270,7 +270,7 @@ def test_a_users_mistake_is_one_line_and_a_status(error, status, line, capsys, m
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    """A plain ValueError is not the user's: hiding where it arose would hide the fault. On request every error has one."""
+    """A plain ValueError is not the user's: hiding where it arose would hide it. On request every error has one."""
     for error in (ValueError("shapes"), AssertionError((1, 2))):
 
         def main(error=error):
