@@ -78,6 +78,8 @@ def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
     if made_by and not os.path.isdir(path):
         raise DataError(f"{what}: no folder {path!r}; make it with: {made_by}")
     try:
+        if loader not in (AutoTokenizer, AutoConfig):
+            kwargs["use_safetensors"] = True  # a repository of the Hub with pickles alone comes from the Hub's conversion
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -111,7 +113,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal language model in eval mode, its embeddings resized to at least `vocab_size` tokens."""
     first = _layers(path, num_layers, what, made_by)
-    model = _load(AutoModelForCausalLM, path, what, made_by, dtype=dtype, use_safetensors=True, **first)
+    model = _load(AutoModelForCausalLM, path, what, made_by, dtype=dtype, **first)
     if vocab_size is not None and model.get_input_embeddings().num_embeddings < vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return model.to(device).eval()
