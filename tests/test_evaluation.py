@@ -240,6 +240,24 @@ def test_a_token_table_steers_towards_its_tokens_alone_and_as_best_of_n(script):
     assert kl["token_table"] > kl["reference"] > 0  # the top-k cut alone costs something
 
 
+def test_beam_search_reports_the_best_of_its_texts_by_weighted_reward(script, monkeypatch):
+    import utils.decoding as decoding
+
+    found, search = [], decoding.beam_search
+    monkeypatch.setattr(decoding, "beam_search", lambda *a, **kw: found.extend(search(*a, **kw)) or found)
+    arguments = ("--obj_weights", "0.3,0.7", "--beta", 3, "--num_trials", 1)
+    assert script("mavis_bs", *arguments, "--Q", 3, "--N", 2, "--num_samples", 2) == 0
+    (folder,) = run_folders(script)
+    assert folder.parent == script.workspace / "mavis_bs_logs" / "toy" / "low_even"
+    samples = read_samples(folder)
+    assert len(samples) == len(found) == 4
+    for sample, texts in zip(samples, found, strict=True):
+        assert sample["num_candidates"] == len(texts) == 2 and "log_ratio" not in sample
+        assert sample["tokens"] in [len(text.token_ids) for text in texts]
+    assert status(script, "mavis_bs", *arguments, "--Q", 1) == 2
+    assert status(script, "mavis_bs", *arguments, "--Q", 2, "--N", 0) == 2
+
+
 def test_the_log_ratio_is_left_out_where_it_is_not_tracked(script):
     script("baseline_eval", "--no-track_KL")
     (folder,) = run_folders(script)
