@@ -34,3 +34,18 @@ stage() {
     printf '%s\t%s\t%d\n' "$(date -u +%FT%TZ)" "$name" "$seconds" >> "$LOG"
   fi
 }
+
+# workspace_of ARGUMENTS...: the workspace that a stage with these arguments works in.
+workspace_of() {
+  python - "$@" <<'PYTHON'
+import sys
+from argparse import ArgumentParser
+
+sys.path.insert(0, ".")
+from utils import cli
+
+parser = ArgumentParser()
+cli.add_common(parser)
+sys.exit(cli.run(lambda: print(cli.config_from(parser.parse_known_args(sys.argv[1:])[0]).workspace)))
+PYTHON
+}

@@ -32,7 +32,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description="make the tiny world: data files and a base model trained from scratch")
     parser.add_argument("--config", default="configs/tiny.yaml", help="configuration whose workspace is filled")
     parser.add_argument("--workspace", help="folder to fill (default: the configuration's)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of the base model (default: 1000)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of the base model (default: 800)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the training (default: 0)")
     return parser
 
@@ -67,7 +67,7 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, f"the generator's entropy {report['entropy']:.3f} ({report['seconds']:.0f} s to make)"])
 
 
-def make_world(workspace: Path, *, steps: int = 1000, seed: int = 0, version: int = VERSION) -> dict:
+def make_world(workspace: Path, *, steps: int = 800, seed: int = 0, version: int = VERSION) -> dict:
     """Write `base_model/` and `world/` below the workspace, each moved into place when it is whole, and return the
     report that `world/report.json` holds."""
     start = time.monotonic()
@@ -135,17 +135,17 @@ def write_data(folder: Path, seed: int) -> dict[str, list[str]]:
             [{"chosen": tiny.dialogue(u, a), "rejected": tiny.dialogue(u, b)} for u, a, b in pairs],
         )
 
-        # Labelled dialogues for humor: of two answers to a prompt, the one with more rhymes is humorous.
+        # Labelled dialogues for humor: answers that clearly rhyme with the subject, and answers that clearly do not.
         users = [
             texts[f"anthropic/{split}"][i]
             for i in rng.integers(len(texts[f"anthropic/{split}"]), size=NUM_HUMOR[split])
         ]
-        first, second = answers(users), answers(users)
-        difference = tiny.humor_reward(users, first) - tiny.humor_reward(users, second)
-        rows = [(u, a, d > 0) for u, a, d in zip(users, first, difference, strict=True) if d != 0]
+        lines = answers(users)
+        scores = tiny.humor_reward(users, lines)
+        rows = [(u, a, score) for u, a, score in zip(users, lines, scores, strict=True) if abs(score) > 0.15]
         write_csv(
             folder / f"humor/{split}.csv.gz",
-            {"text": [tiny.dialogue(u, a) for u, a, _ in rows], "humor": [int(more) for *_, more in rows]},
+            {"text": [tiny.dialogue(u, a) for u, a, _ in rows], "humor": [int(score > 0) for *_, score in rows]},
         )
     return texts
 
@@ -208,7 +208,7 @@ def build_tokenizer():
 
 
 def train_base(texts: dict[str, list[str]], steps: int, seed: int):
-    """A Llama of two small layers, trained from scratch on fresh answers to the training prompts of both data sets.
+    """A Llama of three small layers, trained from scratch on fresh answers to the training prompts of both data sets.
 
     Returns the model, the tokenizer and a report: the generator's entropy and, per data set, the cross-entropy of the
     model and of the generator on fresh answers to test prompts, in nats per token.
@@ -225,7 +225,7 @@ def train_base(texts: dict[str, list[str]], steps: int, seed: int):
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -261,8 +261,8 @@ def train_base(texts: dict[str, list[str]], steps: int, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         # One data set at a time: their prompts differ in length, and padding would double the work.
         ids, mask, _ = batch("summary/train", 32, rng) if step % 2 else batch("anthropic/train", 64, rng)
