@@ -57,14 +57,24 @@ best_of() {  # WEIGHTS N
 }
 
 stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-for beta in 4 1; do
-  for weights in 1,0 0.75,0.25 0.5,0.5 0.25,0.75 0,1 0,0,1 0,0,0,1; do
-    mavis "$weights" "$beta"
-    table "$weights" "$beta"
-  done
-  stage "prompt words beta $beta" python baseline_eval.py --prompt_words --beta "$beta" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-  stage "report" report
+for weights in 1,0 0.5,0.5 0,1 0,0,1 0,0,0,1; do
+  mavis "$weights" 4
+  table "$weights" 4
 done
-for weights in 1,0 0.5,0.5 0,1; do best_of "$weights" 4; done
+for weights in 0.75,0.25 0.25,0.75; do mavis "$weights" 4; done
+stage "prompt words beta 4" python baseline_eval.py --prompt_words --beta 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+best_of 0.5,0.5 4
+stage "report" report
+for weights in 1,0 0.5,0.5 0,1 0,0,1 0,0,0,1; do
+  mavis "$weights" 1
+  table "$weights" 1
+done
+stage "prompt words beta 1" python baseline_eval.py --prompt_words --beta 1 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
+for weights in 0.75,0.25 0.25,0.75; do
+  mavis "$weights" 1
+  table "$weights" 4
+done
+best_of 1,0 4
+best_of 0,1 4
 best_of 0.5,0.5 16
 stage "report" report
