@@ -32,7 +32,8 @@ stage "base model" python scripts/smollm/prepare_base.py "${WORLD[@]}"
 stage "prompts" python dataset_preprocess.py anthropic --split train "${WORLD[@]}"
 stage "prompts" python dataset_preprocess.py anthropic --split test "${WORLD[@]}"
 for objective in help harm humor; do
-  stage "reward model $objective" python Finetuning/RM/train_reward_model.py --objective "$objective" "${REWARD[@]}" "${WORLD[@]}"
+  [ -f "$WORKSPACE/reward_models/$objective/metrics.json" ] \
+    || stage "reward model $objective" python Finetuning/RM/train_reward_model.py --objective "$objective" "${REWARD[@]}" "${WORLD[@]}"
 done
 stage "judges" python fit_judges.py "${DATA[@]}" "${WORLD[@]}"
 stage "trees" python get_data_base.py 0 "$PROMPTS" "${DATA[@]}" "${WORLD[@]}"
