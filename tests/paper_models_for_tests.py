@@ -120,8 +120,8 @@ def save_bart(folder: Path, seed: int) -> None:
     config = BartConfig(
         vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48,
         decoder_ffn_dim=48, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=1024,
-        id2label={0: "made up", 1: "faithful"}, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-        forced_eos_token_id=2,
+        id2label={0: "made up", 1: "faithful"}, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=2,
     )  # fmt: skip
     spread(BartForSequenceClassification(config), seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
