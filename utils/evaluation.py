@@ -320,6 +320,9 @@ def load_prompts(settings: Settings) -> dict[int, str]:
 def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> RunSpec:
     """The run's identity and arguments: everything that determines its result."""
     config, spec = settings.config, settings.spec
+    value_base = [config.value_model.num_layers]
+    if config.value_model.path != config.base_model.path:
+        value_base.append(fingerprint(config.locate(config.value_model.path)))
     rewards = {}
     for name in spec.objectives:
         o = config.objective(name)
@@ -354,7 +357,7 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
         determining={
             "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
             "checkpoints": {what: fingerprint(path) for what, (path, _) in checkpoints(settings, method).items()},
-            "value_model": [config.value_model.num_layers],
+            "value_model": value_base,
             "shown": [spec.prompt_format, spec.reference_template],
             "dtype": [config.cpu_dtype, config.gpu_dtype],
             "rewards": rewards,

@@ -118,7 +118,7 @@ def consolidate(data_dir: Path) -> int:
     if not target.exists():
         return 0
     with _open(target) as file:
-        return len(file)
+        return len([_index_of(name, target) for name in file])
 
 
 def _rewrite(target: Path, parts: dict[int, Path]) -> None:
@@ -243,8 +243,9 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
         or offsets[-1] != len(flat)
         or (np.diff(offsets) < 0).any()
     ):
+        place = part if part.is_file() else data_dir / TOKENS
         raise DataError(
-            f"{data_dir}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens"
+            f"{place}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens"
         )
     return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
