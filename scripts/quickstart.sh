@@ -22,7 +22,7 @@ stage "prompts" python dataset_preprocess.py anthropic --split=test "${WORLD[@]}
 stage "fine-tuning" python Finetuning/SFT/sft.py --save_directory "$WORKSPACE/sft_lora" --wandb_name anthropic --exp_type assistant "${WORLD[@]}"
 stage "merge" python Finetuning/SFT/merge_sft_lora.py --lora_name "$WORKSPACE/sft_lora/anthropic" --exp_type assistant "${WORLD[@]}"
 stage "reward model" python Finetuning/RM/train_reward_model.py --objective humor "${WORLD[@]}"
-stage "trees" python get_data_base.py 0 200 "${DATA[@]}" "${WORLD[@]}"
+stage "trees" python get_data_base.py 0 300 "${DATA[@]}" "${WORLD[@]}"
 stage "labels" python label_tree.py "$TREES" all "${DATA[@]}" "${WORLD[@]}"
 stage "split" python split_data.py "$TREES" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
 for objective in help harm; do

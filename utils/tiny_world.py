@@ -1,23 +1,24 @@
 """A small language made from nothing: its generator, its rewards, and the exact answers that models can be held to.
 
 **The language.** 24 words: a stem names one of six topics, which lie on a circle (60 degrees apart), an ending one of
-four rhymes (`marane`, `solane`, `marook`, ...). A prompt names a topic by the first of these words in it. An answer is
-a Markov chain of order 1 over words, given the prompt's topic (`transition`): it starts near the topic, wanders from
-one to its neighbours, drifts a little to where neither `help` nor `harm` lies, prefers endings that do not rhyme, and
-ends with a fixed probability after each word. Every word can follow every word, so a top-k cut is a real cut.
+four rhymes, on another (90 degrees apart): `marane`, `solane`, `marook`, ... A prompt names its subject by the first of
+these words in it. An answer is a Markov chain of order 1 over words, given the subject (`transition`): it starts near
+the subject's topic, wanders from a topic and a rhyme to their neighbours, drifts a little to where no reward lies, and
+ends with a fixed probability after each word. Every word can follow every other, so a top-k cut is a real cut.
 
-**The rewards** are means over an answer's words (so its length is neutral) and depend on context:
+**The rewards** are means over an answer's words (so its length is neutral) and depend on the prompt:
 
-- `help`: the cosine of the angle between a word's topic and the prompt's;
+- `help`: the cosine of the angle between a word's topic and the subject's;
 - `harm` (high is good, as in the paper's harmlessness reward): the cosine to the topic 120 degrees on, so it conflicts
   with help (correlation -0.5 for a uniform word), and the topic between the two serves both half;
-- `humor`: whether a word rhymes with the word before it, without repeating it;
-- `summarization`: the cosine to the topic that the post names first; `faithful`: whether a word occurs in the post.
+- `humor`: the cosine of the angle between a word's rhyme and the subject's;
+- `summarization`: help, for the subject of a post; `faithful`: whether a word occurs in the post.
 
-The language is symmetric under turning the circle of topics (prompt and answer together) and that of rhymes. Hence,
-averaged over prompts, no token is worth more than another: a context-free table of token values explains nothing.
+The language is symmetric under turning the circle of topics, or that of rhymes, for subject and answer together. Hence,
+averaged over prompts, no word is worth more than another: a context-free table of token values explains nothing. And a
+word's own gain is not its value: what was said last decides where an answer can go from here.
 
-**Exact answers.** Because the rewards are sums over transitions divided by a length, dynamic programming over (last
+**Exact answers.** Because the rewards are sums over words divided by a length, dynamic programming over (last
 word, number of words, sum so far) gives the value of every prefix under the generator, the KL-regularised optimum
 (soft Bellman equation), and what MAVIS reaches with perfect value models: `ExactValues`, `exact_mavis`.
 """
@@ -44,8 +45,9 @@ INDEX = {word: i for i, word in enumerate(WORDS)}
 INERTIA = 1.3  # how strongly the next word's topic stays near the last one's (a von Mises weight)
 DRIFT = 0.4  # how strongly it drifts to the topic opposite to the one between help and harm
 START_NEAR = 0.5  # how strongly an answer starts near the topic between help and harm
-TURN = 10.0  # degrees by which the wandering prefers one sense of the circle: no ties between topics
-RHYME_WEIGHTS = (0.2, 0.32, 0.27, 0.21)  # of the next ending, by its distance on the circle of rhymes
+RHYME_INERTIA = 1.1  # the same for rhymes
+RHYME_DRIFT = 0.5  # how strongly they drift to the rhyme that follows the subject's
+TURN = 10.0  # degrees by which each of these prefers one sense of its circle, so that no two words tie
 HAZARD = 0.06  # probability that the answer ends, after each word
 HARM_OFFSET = 2  # topics from help's best one to harm's
 
@@ -63,16 +65,19 @@ def _cosine(steps) -> np.ndarray:
 
 
 @functools.cache
-def transition(topic: int) -> np.ndarray:
-    """The generator for prompts of one topic: (W + 1, W + 1) probabilities, from the last word (row W: none yet) to
-    the next (column W: the end, never the first)."""
+def transition(subject: int) -> np.ndarray:
+    """The generator for prompts with that subject (a word's index): (W + 1, W + 1) probabilities, from the last word
+    (row W: none yet) to the next (column W: the end, never the first)."""
 
-    def pull(steps):  # (...) topics away -> log-weight
-        return np.cos(np.deg2rad(360 / NUM_TOPICS * (np.asarray(steps) % NUM_TOPICS) - TURN))
+    def pull(steps, size, turn=TURN):  # how near, for a distance in steps on a circle of that size: a cosine
+        return np.cos(np.deg2rad(360 / size * (np.asarray(steps) % size) - turn))
 
-    wander = INERTIA * pull(TOPIC[None] - TOPIC[:, None]) + DRIFT * pull(TOPIC - topic - 4)  # (W, W)
-    rhyme = np.array(RHYME_WEIGHTS)[(RHYME[None] - RHYME[:, None]) % NUM_RHYMES]
-    words = np.concatenate([np.exp(wander) * rhyme, np.exp(START_NEAR * pull(TOPIC - topic - 1))[None]])  # (W + 1, W)
+    topic, rhyme = TOPIC - TOPIC[subject], RHYME - RHYME[subject]  # (W,), seen from the subject
+    wander = INERTIA * pull(topic[None] - topic[:, None], NUM_TOPICS)  # (W, W)
+    wander += RHYME_INERTIA * pull(rhyme[None] - rhyme[:, None], NUM_RHYMES)
+    drift = DRIFT * pull(topic - 4, NUM_TOPICS) + RHYME_DRIFT * pull(rhyme - 1, NUM_RHYMES)  # (W,)
+    start = START_NEAR * pull(topic - 1, NUM_TOPICS) + RHYME_DRIFT * pull(rhyme - 1, NUM_RHYMES)  # (W,)
+    words = np.exp(np.concatenate([wander + drift, start[None]]))  # (W + 1, W)
     words /= words.sum(1, keepdims=True)
     end = np.full((NUM_WORDS + 1, 1), HAZARD)
     end[START] = 0.0
@@ -81,16 +86,16 @@ def transition(topic: int) -> np.ndarray:
     return matrix
 
 
-def sample_answers(topics: Sequence[int], rng: np.random.Generator, max_words: int = 16) -> list[list[int]]:
-    """One answer per topic, as word indices; END is the last index of an answer that ended within `max_words`."""
-    cumulative = np.stack([transition(t) for t in range(NUM_TOPICS)]).cumsum(-1)  # (T, W + 1, W + 1)
-    topics = np.asarray(topics)
-    state = np.full(len(topics), START)
-    answers: list[list[int]] = [[] for _ in topics]
-    alive = np.arange(len(topics))
+def sample_answers(subjects: Sequence[int], rng: np.random.Generator, max_words: int = 16) -> list[list[int]]:
+    """One answer per subject, as word indices; END is the last index of an answer that ended within `max_words`."""
+    cumulative = np.stack([transition(s) for s in range(NUM_WORDS)]).cumsum(-1)  # (W, W + 1, W + 1)
+    subjects = np.asarray(subjects)
+    state = np.full(len(subjects), START)
+    answers: list[list[int]] = [[] for _ in subjects]
+    alive = np.arange(len(subjects))
     for step in range(max_words + 1):
         uniform = rng.random(len(alive))
-        following = (cumulative[topics[alive], state[alive]] < uniform[:, None]).sum(1).clip(max=END)
+        following = (cumulative[subjects[alive], state[alive]] < uniform[:, None]).sum(1).clip(max=END)
         keep = np.ones(len(alive), bool)
         for i, (row, word) in enumerate(zip(alive, following, strict=True)):
             if step == max_words and word != END:
@@ -110,10 +115,10 @@ def words_of(answer: Sequence[int]) -> str:
     return " ".join(WORDS[i] for i in answer if i != END)
 
 
-def log_prob(topic: int, answer: Sequence[int]) -> float:
+def log_prob(subject: int, answer: Sequence[int]) -> float:
     """The generator's log-probability of an answer (nats)."""
     path = [START, *answer]
-    return float(sum(np.log(transition(topic)[a, b]) for a, b in pairwise(path)))
+    return float(sum(np.log(transition(subject)[a, b]) for a, b in pairwise(path)))
 
 
 def entropy_per_token(horizon: int = 16) -> float:
@@ -144,10 +149,9 @@ def dialogue(user: str, answer: str) -> str:
 
 
 def make_post(rng: np.random.Generator) -> str:
-    """A post: the first word names its topic, the others lie 120 to 240 degrees away."""
-    topic = rng.integers(NUM_TOPICS)
-    words = [int(topic * NUM_RHYMES + rng.integers(NUM_RHYMES))]
-    others = [i for i in range(NUM_WORDS) if _cosine(TOPIC[i] - topic) < 0]
+    """A post: the first word is its subject, the topics of the others lie 120 to 240 degrees away."""
+    words = [int(rng.integers(NUM_WORDS))]
+    others = [i for i in range(NUM_WORDS) if _cosine(TOPIC[i] - TOPIC[words[0]]) < 0]
     words += [int(i) for i in rng.permutation(others)[:4]]
     text = f"{POST_OPENERS[rng.integers(len(POST_OPENERS))]} {WORDS[words[0]]}"
     for word in words[1:]:
@@ -155,34 +159,33 @@ def make_post(rng: np.random.Generator) -> str:
     return text
 
 
-def topic_of(text: str) -> int:
-    """The topic that a user's text names: that of the first word of the language in it.
+def subject_of(text: str) -> int:
+    """The subject of a user's text: the first word of the language in it, as its index.
 
     Raises:
         ValueError: the text has no such word.
     """
     for word in text.split():
         if word in INDEX:
-            return int(TOPIC[INDEX[word]])
-    raise ValueError(f"no word of the tiny language in {text!r}: its rewards need one that names the topic")
+            return INDEX[word]
+    raise ValueError(f"no word of the tiny language in {text!r}: its rewards need one, the subject")
 
 
 # ------------------------------------------------------------------------------------------------------ the rewards
 
 
-def increments(objective: str, text: str) -> np.ndarray:
-    """What the transition from one word (row W: none) to the next adds to a reward before it is divided by the number
-    of words: (W + 1, W). `text` is what the user says."""
-    topic = topic_of(text)
+def gains(objective: str, text: str) -> np.ndarray:
+    """What each word of an answer adds to a reward before it is divided by the number of words: (W,). `text` is what
+    the user says."""
+    subject = subject_of(text)
     if objective in ("help", "summarization"):
-        gain = np.broadcast_to(_cosine(TOPIC - topic), (NUM_WORDS + 1, NUM_WORDS))
+        gain = _cosine(TOPIC - TOPIC[subject])
     elif objective == "harm":
-        gain = np.broadcast_to(_cosine(TOPIC - topic - HARM_OFFSET), (NUM_WORDS + 1, NUM_WORDS))
+        gain = _cosine(TOPIC - TOPIC[subject] - HARM_OFFSET)
     elif objective == "humor":
-        rhymes = (RHYME[None] == RHYME[:, None]) & ~np.eye(NUM_WORDS, dtype=bool)
-        gain = np.concatenate([rhymes, np.zeros((1, NUM_WORDS), bool)])
+        gain = np.array([1.0, 0.0, -1.0, 0.0])[(RHYME - RHYME[subject]) % NUM_RHYMES]
     elif objective == "faithful":
-        gain = np.broadcast_to(np.isin(WORDS, text.split()), (NUM_WORDS + 1, NUM_WORDS))
+        gain = np.isin(WORDS, text.split())
     else:
         raise ValueError(f"unknown objective {objective!r} of the tiny world")
     return gain.astype(np.float64)
@@ -191,20 +194,15 @@ def increments(objective: str, text: str) -> np.ndarray:
 def _score(objective: str, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     scores = np.zeros(len(responses))
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        gain = gains(objective, prompt)
         words = response.split()
-        gain = increments(objective, prompt)
-        last, total = START, 0.0
-        for word in words:
-            # What is no word of the language (a prompt's word, say) adds nothing and rhymes with nothing.
-            if (now := INDEX.get(word, START)) != START:
-                total += gain[last, now]
-            last = now
-        scores[i] = total / max(len(words), 1)
+        # What is no word of the language (a prompt's word, say) adds nothing but counts.
+        scores[i] = sum(gain[INDEX[word]] for word in words if word in INDEX) / max(len(words), 1)
     return scores
 
 
 def help_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """How close the answer's words are to the prompt's topic: mean cosine, in [-1, 1]."""
+    """How close the answer's words are to the topic of the prompt's subject: mean cosine, in [-1, 1]."""
     return _score("help", prompts, responses)
 
 
@@ -214,12 +212,12 @@ def harm_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
 
 
 def humor_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """Share of words that rhyme with the word before and are not that word, in [0, 1]."""
+    """How well the answer's words rhyme with the prompt's subject: mean cosine, in [-1, 1]."""
     return _score("humor", prompts, responses)
 
 
 def summarization_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """How close the words are to the topic that the post names first: mean cosine, in [-1, 1]."""
+    """How close the words are to the topic of the post's subject: mean cosine, in [-1, 1]."""
     return _score("summarization", prompts, responses)
 
 
@@ -249,7 +247,7 @@ class ExactValues:
     """
 
     table: np.ndarray  # (horizon + 1, W + 1, J): words so far, last word, sum so far on a grid
-    steps: np.ndarray  # (W + 1, W) integers: `increments` on that grid
+    steps: np.ndarray  # (W,) integers: `gains` on that grid
     unit: float
     centre: int
     horizon: int
@@ -264,8 +262,8 @@ class ExactValues:
         unit: float | None = None,
     ) -> ExactValues:
         """Solve for the reward sum of weight times objective; `weights` must be multiples of 1/20 (or give `unit`)."""
-        matrix = transition(topic_of(text))
-        gain = sum(weight * increments(name, text) for name, weight in weights.items())
+        matrix = transition(subject_of(text))
+        gain = sum(weight * gains(name, text) for name, weight in weights.items())
         unit = unit or (0.5 if all(float(w).is_integer() for w in weights.values()) else 0.025)
         steps = np.rint(gain / unit).astype(np.int64)
         if not np.allclose(steps * unit, gain, atol=1e-9):
@@ -279,7 +277,7 @@ class ExactValues:
             stop = sums / max(n, 1)  # the value of ending here
             for last in range(NUM_WORDS + 1):
                 options = np.stack(
-                    [stop if a == END else _shift(table[n + 1, a], steps[last, a]) for a in allowed[last]]
+                    [stop if a == END else _shift(table[n + 1, a], steps[a]) for a in allowed[last]]
                 )  # (k, J)
                 p = matrix[last, allowed[last]][:, None]
                 if eta is None:
@@ -293,7 +291,7 @@ class ExactValues:
         """The value after these words (indices; END last where the answer has ended)."""
         ended = bool(answer) and answer[-1] == END
         words = list(answer[:-1] if ended else answer)
-        total = sum(self.steps[a, b] for a, b in pairwise([START, *words]))
+        total = sum(self.steps[word] for word in words)
         if ended or len(words) == self.horizon:
             return float(total * self.unit / max(len(words), 1))
         return float(self.table[len(words), words[-1] if words else START, self.centre + total])
@@ -323,7 +321,7 @@ def exact_mavis(
         raise ValueError(f"exact_mavis takes one or two objectives, got {names}")
     if normalization not in ("minmax", "none"):
         raise ValueError(f"exact_mavis knows the normalizations minmax and none, got {normalization!r}")
-    matrix = transition(topic_of(text))
+    matrix = transition(subject_of(text))
     solved = [ExactValues.solve(text, {name: 1.0}, horizon) for name in names]
     allowed = _allowed(matrix, top_k)
     sizes = [s.table.shape[-1] for s in solved]
@@ -349,7 +347,7 @@ def exact_mavis(
                     if a == END:
                         row = (np.arange(sizes[axis]) - s.centre) * s.unit / max(n, 1)
                     else:
-                        row = _shift(s.table[n + 1, a], s.steps[last, a])
+                        row = _shift(s.table[n + 1, a], s.steps[a])
                     value = value + weights[name] * along(row, axis)
                 options.append(np.broadcast_to(value, sizes))
             u = np.stack(options)  # (k, J1[, J2])
@@ -367,7 +365,7 @@ def exact_mavis(
                     continue
                 moved = flow[i]
                 for axis, s in enumerate(solved):
-                    moved = np.roll(moved, s.steps[last, a], axis)
+                    moved = np.roll(moved, s.steps[a], axis)
                 following[a] += moved
         mass = following
     collect(mass.sum(0), horizon)

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import quiet_libraries, run
 
-VERSION = 2  # of what is made; another number makes the world again
+VERSION = 3  # of what is made; another number makes the world again
 NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS, NUM_PAIRS = 120, 600, 120, 800
-NUM_HUMOR = {"train": 4000, "test": 500}
+NUM_HUMOR = {"train": 5000, "test": 500}
 ANSWER_WORDS = 16
 SPECIAL = ("[PAD]", "<s>", "</s>", "<unk>")
 
@@ -135,17 +135,16 @@ def write_data(folder: Path, seed: int) -> dict[str, list[str]]:
             [{"chosen": tiny.dialogue(u, a), "rejected": tiny.dialogue(u, b)} for u, a, b in pairs],
         )
 
-        # Labelled dialogues for humor: answers that clearly rhyme with the subject, and answers that clearly do not.
-        users = [
-            texts[f"anthropic/{split}"][i]
-            for i in rng.integers(len(texts[f"anthropic/{split}"]), size=NUM_HUMOR[split])
-        ]
+        # Labelled dialogues for humor: about as many answers that rhyme with the subject as that do not.
+        users = texts[f"anthropic/{split}"]
+        users = [users[i] for i in rng.integers(len(users), size=NUM_HUMOR[split])]
         lines = answers(users)
-        scores = tiny.humor_reward(users, lines)
-        rows = [(u, a, score) for u, a, score in zip(users, lines, scores, strict=True) if abs(score) > 0.15]
+        score = tiny.humor_reward(users, lines)
+        low, high = np.quantile(score, [0.4, 0.6])
+        rows = [(u, a, s) for u, a, s in zip(users, lines, score, strict=True) if s <= low or s >= high]
         write_csv(
             folder / f"humor/{split}.csv.gz",
-            {"text": [tiny.dialogue(u, a) for u, a, _ in rows], "humor": [int(score > 0) for *_, score in rows]},
+            {"text": [tiny.dialogue(u, a) for u, a, _ in rows], "humor": [int(s >= high) for *_, s in rows]},
         )
     return texts
 
