@@ -198,6 +198,8 @@ def main(argv=None) -> int:
     nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
     accelerator.print(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
     model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
+    if not init:
+        vt.start_at_mean(model, training, packing=spec.packing, device=device)
     assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
 
     if spec.bf16 and not vt.bf16_is_fast(device):

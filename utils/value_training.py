@@ -81,10 +81,36 @@ def correlation(targets, predictions, groups=None) -> float:
     return float((t * p).sum() / scale) if scale > 1e-12 else math.nan
 
 
-def fit_report(targets, predictions, groups) -> dict[str, float]:
+def target_noise(tree: Tree, targets, nodes) -> np.ndarray:
+    """(n,) sampling variance of inner nodes' targets, each the mean of c children's: var(children) / c.
+
+    nan for fewer than two children, and where the target is not the children's mean (a soft value's is not).
+    """
+    targets, noise = np.asarray(targets, np.float64), np.full(len(nodes), math.nan)
+    for i, node in enumerate(nodes):
+        below = targets[tree.children(node)]
+        if len(below) > 1 and math.isclose(below.mean(), targets[node], rel_tol=1e-6, abs_tol=1e-9):
+            noise[i] = below.var(ddof=1) / len(below)
+    return noise
+
+
+def explainable_variance(targets, noise, groups) -> float:
+    """The explained variance within groups that a model would reach that knew every target but for its noise.
+
+    Args:
+        targets, groups: (N,), see `explained_variance`.
+        noise: (N,) variance of each target's error (`target_noise`). The errors are taken as independent, as they are
+            among the nodes of one depth; nan if any is unknown.
+    """
+    _, group, size = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    total = np.square(_centred(targets, groups)).sum()
+    return float(1.0 - (noise * (1 - 1 / size[group])).sum() / total) if total > 1e-12 else math.nan
+
+
+def fit_report(targets, predictions, groups, noise=None) -> dict[str, float]:
     """The measures of metrics.json on some nodes: (N,) each."""
     targets, predictions = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
-    return {
+    report = {
         "nodes": int(targets.size),
         "mse": float(np.square(targets - predictions).mean()) if targets.size else math.nan,
         "explained_variance": explained_variance(targets, predictions),
@@ -92,6 +118,9 @@ def fit_report(targets, predictions, groups) -> dict[str, float]:
         "correlation": correlation(targets, predictions),
         "correlation_within_prompt": correlation(targets, predictions, groups),
     }
+    if noise is not None:
+        report["explainable_variance_within_prompt"] = explainable_variance(targets, noise, groups)
+    return report
 
 
 # -------------------------------------------------------------------------------------------- which nodes, what targets
@@ -311,22 +340,28 @@ def collate(layouts: Sequence[Layout], device=None) -> Batch:
     )
 
 
-def node_values(model, batch: Batch) -> torch.Tensor:
-    """(n,) float32 values of a batch's nodes.
-
-    Args:
-        model: a `...ForSequenceClassification` causal model with one label, bare or under a PEFT adapter. The head is
-            applied at the nodes' last tokens only, in float32.
-    """
+def _head_and_states(model, batch: Batch):
+    """The sequence-classification model under any adapter, and (n, H) hidden states at the nodes' last tokens."""
     head = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = getattr(head, head.base_model_prefix)
     dtype = next(backbone.parameters()).dtype
     inputs = dict(batch.inputs)
     if inputs["attention_mask"].dim() == 4 and dtype != torch.float32:
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype).clamp_(min=torch.finfo(dtype).min)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state[batch.rows, batch.last]  # (n, H)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[batch.rows, batch.last]
+    return head, hidden.to(head.score.weight.dtype)
+
+
+def node_values(model, batch: Batch) -> torch.Tensor:
+    """(n,) float32 values of a batch's nodes.
+
+    Args:
+        model: a `...ForSequenceClassification` causal model with one label, bare or under a PEFT adapter. The head is
+            applied at the nodes' last tokens only, in its own precision.
+    """
+    head, hidden = _head_and_states(model, batch)
     with torch.autocast(hidden.device.type, enabled=False):
-        return head.score(hidden.to(head.score.weight.dtype))[:, 0].float()
+        return head.score(hidden)[:, 0].float()
 
 
 def passes(layouts: Sequence[Layout], max_tokens: int = TOKENS_PER_PASS) -> list[list[int]]:
@@ -472,7 +507,7 @@ def predict(
 
 # ---------------------------------------------------------------------------------------------------- output folder
 
-METRICS, ARGUMENTS = "metrics.json", "args.yaml"
+METRICS, ARGUMENTS, STATE = "metrics.json", "args.yaml", "state.json"
 
 
 def open_output(
@@ -501,7 +536,8 @@ def open_output(
             _same_settings(output, settings)
             return None
     if main_process:
-        if rerun and partial.exists():
+        begun = (partial / STATE).is_file() or (partial / METRICS).is_file()
+        if partial.exists() and (rerun or not begun):  # nothing was trained there, so nothing is lost
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         if (partial / ARGUMENTS).is_file():
@@ -529,7 +565,7 @@ def _same_settings(folder: Path, settings: dict) -> None:
 def publish(partial: Path, output: Path) -> None:
     """Put a complete folder in its place; one that was there before is replaced."""
     assert (partial / METRICS).is_file(), partial
-    for path in (*partial.glob("*-*.safetensors"), partial / "state.json"):  # the checkpoint
+    for path in (*partial.glob("*-*.safetensors"), partial / STATE):  # the checkpoint
         path.unlink(missing_ok=True)
     replaced = output.with_name(output.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -546,6 +582,27 @@ def save_adapter(model, folder: Path, metrics: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def start_at_mean(
+    model, examples: Sequence[Example], *, packing: str = "tree", device=None, max_trees: int = 8
+) -> None:
+    """Let a new model's head predict about the targets' mean from the start, judging by the first trees' nodes.
+
+    The head has no bias, so a reward that lies far from 0 would otherwise be approached step by step, while the loss
+    says nothing about the differences that matter. For a mean of 0 the head stays 0.
+    """
+    training, few = model.training, examples[:max_trees]
+    model.eval()
+    states = []
+    for i, nodes in make_units(few, packing, max(len(x.nodes) for x in few)):
+        head, hidden = _head_and_states(model, collate([lay_out(few[i], nodes)], device))
+        states.append(hidden)
+    model.train(training)
+    direction = torch.cat(states).mean(0)  # (H,)
+    mean = float(np.concatenate([x.targets[x.nodes] for x in examples]).mean())
+    head.score.weight.copy_((mean * direction / direction.square().sum())[None])
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -612,7 +669,7 @@ class Checkpoint:
         if best:
             state["best_file"] = f"best-{state['step']}.safetensors"
             self._write(state["best_file"], {n: p.detach() for n, p in self.parameters.items()})
-        write_json(self.folder / "state.json", state)
+        write_json(self.folder / STATE, state)
         for path in self.folder.glob("*-*.safetensors"):
             if path.name not in (state["state_file"], state.get("best_file")):
                 path.unlink()
@@ -623,9 +680,9 @@ class Checkpoint:
 
     def load(self) -> dict | None:
         """Restore parameters and optimizer; None where there is no checkpoint."""
-        if not (self.folder / "state.json").is_file():
+        if not (self.folder / STATE).is_file():
             return None
-        state = json.loads((self.folder / "state.json").read_text())
+        state = json.loads((self.folder / STATE).read_text())
         tensors = load_file(self.folder / state["state_file"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[name])
@@ -774,7 +831,7 @@ def train(
     bar.close()
     if accelerator:
         accelerator.wait_for_everyone()
-    state = json.loads((Path(folder) / "state.json").read_text())  # what rank 0 wrote, for every process
+    state = json.loads((Path(folder) / STATE).read_text())  # what rank 0 wrote, for every process
     checkpoint.load_best(state)
     tokens = int(lengths.sum()) * spec.num_epochs
     final_epoch = [float(r["train_loss"]) for r in rows if float(r["epoch"]) > spec.num_epochs - 1]
@@ -796,11 +853,11 @@ def validation_report(examples: Sequence[Example], predictions: np.ndarray) -> d
     targets = np.concatenate([x.targets[x.nodes] for x in examples])
     groups = np.concatenate([np.full(len(x.nodes), i) for i, x in enumerate(examples)])
     depths = np.concatenate([x.tree.depth[x.nodes] for x in examples])
+    noise = np.concatenate([target_noise(x.tree, x.targets, x.nodes) for x in examples])
     report = fit_report(targets, predictions, groups)
     report["target_mean"], report["target_variance"] = float(targets.mean()), float(targets.var())
     report["by_depth"] = {
-        int(d): fit_report(targets[depths == d], predictions[depths == d], groups[depths == d])
-        for d in np.unique(depths)
+        int(d): fit_report(*(a[depths == d] for a in (targets, predictions, groups, noise))) for d in np.unique(depths)
     }
     return report
 
