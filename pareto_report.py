@@ -16,7 +16,9 @@ from utils.cli import UsageError, run
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that are searched for them")
-    parser.add_argument("--output_dir", required=True, help="folder of the report, made if it is not there")
+    parser.add_argument(
+        "--output_dir", default="report", help="folder of the report, made if it is not there (default: report)"
+    )
     parser.add_argument("--objectives", help="one section of these, e.g. help,harm (default: all that weights span)")
     parser.add_argument(
         "--reference_point",

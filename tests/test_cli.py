@@ -14,7 +14,7 @@ from utils.config import REPOSITORY, ConfigError
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
-    for pattern in ("*.py", "Finetuning/*/*.py", "scripts/**/*.py", "benchmarks/*.py")
+    for pattern in ("*.py", "Finetuning/*/*.py", "scripts/**/*.py", "benchmarks/*.py", "docs/examples/*.py")
     for path in REPOSITORY.glob(pattern)
     if path.name != "__init__.py"
 )
@@ -85,7 +85,7 @@ def test_a_script_is_a_parser_and_a_main_and_explains_every_argument(script):
 def test_every_stage_takes_the_shared_arguments():
     shared = {"--config", "--workspace", "--device", "--dry_run", "--wandb", "--no-wandb"}
     for script in SCRIPTS:
-        if script.startswith(("benchmarks/", "scripts/", "pareto_report")):
+        if script.startswith(("benchmarks/", "docs/", "scripts/", "pareto_report")):
             continue
         flags = set(load(script).build_parser()._option_string_actions)
         assert shared <= flags, f"{script} lacks {shared - flags}"
@@ -121,6 +121,18 @@ def test_written_commands_are_found():
     assert list(commands_in("run `python mavis.py --beta 4 \\\n  --x`, or not")) == [("mavis.py", " --beta 4  --x")]
 
 
+def test_the_readmes_commands_parse_as_they_stand():
+    text = re.sub(r"\\\n\s*", " ", (REPOSITORY / "README.md").read_text())
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["python"]:
+                try:
+                    load(words[1]).build_parser().parse_args(words[2:])
+                except SystemExit:
+                    pytest.fail(f"README.md: {line}")
+
+
 def test_the_published_commands_parse():
     """The README of the published code, flag by flag (a flag that is documented exists here)."""
     for line in (
@@ -138,7 +150,7 @@ def test_the_published_commands_parse():
             --beta 4 --track_KL --num_prompts 100 --num_trials 3 --topk 15 --temperature 1 --seed 0 --batch_size 8
             --device cpu --normalize_values --prompt hello --prompt -
         baseline_eval.py --dataset summary --num_samples 16 --obj_weights 0.5,0.5
-        pareto_report.py mavis_logs baseline_logs --output_dir report
+        pareto_report.py mavis_logs baseline_logs
     """.replace("\n            ", " ")
         .strip()
         .splitlines()
