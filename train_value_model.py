@@ -185,21 +185,26 @@ def main(argv=None) -> int:
         return 0
     accelerator.print(f"value model of {objective.name}: {folder} until it is complete, then {output}")
 
-    tokenizer = load_tokenizer(reference, made_by=made_by)
-    vocab_size = resolved_config(reference).get_text_config().vocab_size
+    with vt.discarded_unless_begun(folder, main_process=accelerator.is_main_process):
+        tokenizer = load_tokenizer(reference, made_by=made_by)
+        vocab_size = resolved_config(reference).get_text_config().vocab_size
 
-    def examples(split, choose, limit=None):
-        trees = itertools.islice(read_trees(data_dir, split), limit)
-        return vt.make_examples(trees, objective.name, choose, kl_penalty=args.KL_penalty, log_ratio=args.log_ratio,
-                                vocab_size=vocab_size, data_dir=data_dir)  # fmt: skip
+        def examples(split, choose, limit=None):
+            trees = itertools.islice(read_trees(data_dir, split), limit)
+            return vt.make_examples(trees, objective.name, choose, kl_penalty=args.KL_penalty, log_ratio=args.log_ratio,
+                                    vocab_size=vocab_size, data_dir=data_dir)  # fmt: skip
 
-    training = examples("train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
-    validation = examples("val", vt.validation_nodes)
-    nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
-    accelerator.print(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
-    model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
-    if not init:
-        vt.start_at_mean(model, training, packing=spec.packing, device=device)
+        training = examples(
+            "train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees
+        )
+        validation = examples("val", vt.validation_nodes)
+        nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
+        accelerator.print(
+            f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
+        )
+        model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
+        if not init:
+            vt.start_at_mean(model, training, packing=spec.packing, device=device)
     assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
 
     if spec.bf16 and not vt.bf16_is_fast(device):

@@ -298,3 +298,15 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     with pytest.raises(cli.DataError):
         cli.run(mistaken)
     assert cli.run(lambda: None) == 0 and cli.run(lambda: 3) == 3
+
+
+def test_a_process_ends_with_the_status_and_the_line(tmp_path):
+    for arguments, status, said in (
+        (("--obj_weights", "0.5,0.4"), 2, "sum to 0.9; they must sum to 1 (order: help,harm,humor)"),
+        (("--obj_weights", "1"), 1, "value model of help: nothing at"),
+    ):
+        command = [sys.executable, str(REPOSITORY / "mavis.py"), "--dataset", "anthropic", "--beta", "4", *arguments]
+        done = subprocess.run([*command, "--workspace", "ws"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status and not done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -457,7 +457,7 @@ def test_a_complete_model_is_not_trained_again_and_other_arguments_are_refused(w
     before = (value_model_of_help / "adapter_model.safetensors").stat().st_mtime_ns
     assert train_value_model.main(command(world)) == 0
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"made with training=.*--rerun"):
+    with pytest.raises(DataError, match=r"made with training\.lr=.*--rerun"):
         train_value_model.main(command(world, "--lr", "1e-3"))
     assert (value_model_of_help / "adapter_model.safetensors").stat().st_mtime_ns == before
 

@@ -13,6 +13,7 @@ Both are one `Layout`: a set of nodes of one tree that is read in one row. A pat
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -552,8 +553,28 @@ def open_output(
     return partial
 
 
+@contextlib.contextmanager
+def discarded_unless_begun(partial: Path, *, main_process: bool = True):
+    """Around all that may fail for want of usable input before the training: then `partial` holds nothing, and goes."""
+    try:
+        yield
+    except DataError:
+        if main_process and not (partial / STATE).is_file() and not (partial / METRICS).is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flat(data: dict, place: str = "") -> dict:
+    """Nested mappings as one of dotted keys."""
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return flat
+
+
 def _same_settings(folder: Path, settings: dict) -> None:
-    known = (yaml.safe_load((folder / ARGUMENTS).read_text()) or {}).get("settings", {})
+    known = _flat((yaml.safe_load((folder / ARGUMENTS).read_text()) or {}).get("settings", {}))
+    settings = _flat(settings)
     for key in sorted(set(known) | set(settings)):
         if known.get(key) != settings.get(key):
             raise DataError(
