@@ -15,6 +15,8 @@ DATA=(--dataset anthropic)
 TREES=$WORKSPACE/tree_data/anthropic/iter_0
 TRAINING=$WORKSPACE/data_for_training/anthropic/iter_0
 BETA=4
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # models this small lose more by waiting for a second thread than they gain
+export HF_HUB_OFFLINE=1
 
 stage "world" python scripts/tiny/make_world.py --workspace "$WORKSPACE"
 stage "prompts" python dataset_preprocess.py anthropic --split=train "${WORLD[@]}"
