@@ -30,6 +30,9 @@ from utils import hdf5_utils
 from utils.cli import run
 from utils.config import REPOSITORY
 
+sys.path.insert(0, str(REPOSITORY / "Finetuning" / "RM"))
+import train_reward_model
+
 SUBJECT = "tell me about marane"
 STEER = ("--dataset", "anthropic", "--num_prompts", "2", "--num_trials", "1")
 MAVIS = (*STEER, "--obj_weights", "1", "--beta", "2")
@@ -394,6 +397,47 @@ def test_a_damaged_prompts_file_is_named(world, fails, tmp_path, text, said):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     shutil.copytree(world.ws / "base_model", tmp_path / "ws" / "base_model")
     fails(baseline_eval, *STEER, config=config, status=1, said=[str(file), said], unchanged=[tmp_path])
+
+
+# -------------------------------------------------------------------------------------------------------- reward models
+
+
+def test_reward_models_are_not_trained_on_bad_input_and_replace_nothing(world, fails, tmp_path):
+    labels = {"kind": "labels", "head": "full", "label_column": "humor", "max_length": 32, "max_rows": 64}
+    for split in ("source", "holdout"):
+        labels[split] = {"files": [f"world/humor/{'train' if split == 'source' else 'test'}.csv.gz"]}
+
+    def add(data):
+        data["objectives"]["mine"] = {"kind": "classifier", "path": "reward_models/mine", "training": labels}
+        data["datasets"]["anthropic"]["objectives"].append("mine")
+
+    config = world.edit(add)
+    for flag, value, said in (
+        ("lr", "nan", "--lr must be a finite number"),
+        ("lr", 0, "--lr must be above 0"),
+        ("batch_size", 0, "--batch_size must be at least 1"),
+        ("num_epochs", 0, "--num_epochs must be at least 1"),
+        ("seed", -1, "--seed must be at least 0"),
+    ):
+        fails(train_reward_model, "--objective", "mine", f"--{flag}", value, config=config, status=2, said=said)
+    fails(train_reward_model, "--objective", "mien", config=config, status=2, said="did you mean 'mine'?")
+    fails(train_reward_model, "--objective", "help", config=config, status=2, said="has no `training` entry")
+    train = (train_reward_model, "--objective", "mine", "--output_dir", tmp_path / "model")
+    fails(*train, "--data_files", "gone.csv", config=config, status=1, said="'gone.csv'")
+    fails(*train, "--num_layers", 9, config=config, status=1, said="has 3 layers")
+    fails(*train, "--lr", 1e30, config=config, status=1, said="rewards must be finite numbers")
+    assert not any(tmp_path.iterdir())
+
+    arguments = [*map(str, train[1:]), "--config", config, "--device", "cpu"]
+    assert run(lambda: train_reward_model.main(arguments)) == 0
+    kept = {"unchanged": [tmp_path], "config": config}
+    fails(
+        *train, "--lr", 0.5, **kept, status=1, said=["was made with other arguments (lr: 0.0001, now 0.5)", "--rerun"]
+    )
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("x")
+    mine = (*train[:-1], tmp_path / "thesis")
+    fails(*mine, "--rerun", **kept, status=1, said="holds no complete reward model")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

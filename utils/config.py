@@ -369,17 +369,23 @@ TEMPLATE_FIELDS = {
 }
 
 
+def number_problem(key: str, value: float) -> str:
+    """What is wrong with a number under a key of that name, or ""."""
+    if not math.isfinite(value):
+        return f"must be a finite number, got {value}"
+    if key in ABOVE_ZERO and value <= 0:
+        return f"must be above 0, got {value}"
+    return f"must be at least {LEAST[key]}, got {value}" if value < LEAST.get(key, -math.inf) else ""
+
+
 def _check_numbers(value, where: str, file: Path) -> None:
     """Raise a ConfigError for a number below what its key allows, in a configuration as plain data."""
     for key, child in value.items() if isinstance(value, dict) else enumerate(value):
         place = f"{where}.{key}" if where else str(key)
         if isinstance(child, (dict, list)):
             _check_numbers(child, place, file)
-        elif isinstance(child, (int, float)) and not isinstance(child, bool):
-            if key in ABOVE_ZERO and child <= 0:
-                raise ConfigError(f"{file}: {place} must be above 0, got {child}")
-            if child < LEAST.get(key, -math.inf):
-                raise ConfigError(f"{file}: {place} must be at least {LEAST[key]}, got {child}")
+        elif isinstance(child, (int, float)) and not isinstance(child, bool) and number_problem(str(key), child):
+            raise ConfigError(f"{file}: {place} {number_problem(str(key), child)}")
 
 
 def _check(config: Config) -> None:

@@ -79,7 +79,7 @@ def _load(loader, path: str, what: str, made_by: str = "", **kwargs):
         raise DataError(f"{what}: no folder {path!r}; make it with: {made_by}")
     try:
         if loader not in (AutoTokenizer, AutoConfig):
-            kwargs["use_safetensors"] = True  # a repository of the Hub with pickles alone comes from the Hub's conversion
+            kwargs["use_safetensors"] = True  # where the Hub has pickles alone, the Hub's conversion is taken
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

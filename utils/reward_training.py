@@ -240,10 +240,8 @@ def train_full(
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(temporary / "trainer", ignore_errors=True)
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.rename(output)
     trained = dataclasses.replace(
-        spec, kind="classifier", path=str(output.absolute()), label=0, sign=1.0, max_length=limit
+        spec, kind="classifier", path=str(temporary.absolute()), label=0, sign=1.0, max_length=limit
     )
     rewards = RewardSet(
         dataclasses.replace(config, objectives={**config.objectives, spec.name: trained}),
@@ -253,7 +251,14 @@ def train_full(
     )
     conversations, responses = sides(holdout)
     fields = zip(*((c.prompt, c.user, c.shown) for c in conversations), strict=True)
-    return accuracy(holdout, rewards.score_texts(*map(list, fields), responses)[spec.name])
+    try:
+        metrics = accuracy(holdout, rewards.score_texts(*map(list, fields), responses)[spec.name])
+    except cli.DataError:  # rewards that are no numbers: the training diverged
+        shutil.rmtree(temporary)
+        raise
+    shutil.rmtree(output, ignore_errors=True)
+    temporary.rename(output)
+    return metrics
 
 
 def full_text(spec: ObjectiveSpec, conversation: Conversation, response: str, tokenizer) -> str:
@@ -311,6 +316,27 @@ def read_metrics(output: Path) -> dict:
         return json.loads((output / METRICS).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def is_complete(output: Path, arguments: dict, rerun: bool) -> bool:
+    """Whether a fine-tuned reward model of these arguments is there and stays.
+
+    Raises:
+        DataError: the folder holds something else. Only what this script completed is ever replaced, if asked to.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    known = read_metrics(output).get("arguments")
+    if known is None:
+        raise cli.DataError(
+            f"{output} exists and holds no complete reward model; give another --output_dir, or remove it"
+        )
+    if rerun:
+        return False
+    if different := [n for n in sorted({*known, *arguments}) if known.get(n) != arguments.get(n)]:
+        listed = "; ".join(f"{n}: {known.get(n)!r}, now {arguments.get(n)!r}" for n in different)
+        raise cli.DataError(f"{output} was made with other arguments ({listed}); give another --output_dir, or --rerun")
+    return True
 
 
 def summary(name: str, metrics: dict) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli
+from utils.config import number_problem
 
 OVERRIDES = ("head", "num_layers", "lr", "num_epochs", "batch_size", "max_rows", "seed", "l2", "max_length")
 
@@ -41,6 +42,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--num_layers", type=int, help="keep the base model's first N layers")
     group.add_argument("--max_rows", type=int, help="most training examples")
     group.add_argument("--max_length", type=int, help="most tokens of a text")
+    group.add_argument("--rerun", action="store_true", help="train again and replace what is there (head full)")
     fit = parser.add_argument_group("fit")
     fit.add_argument(
         "--l2", type=float, help="linear head's penalty per example; 0: chosen by cross-validation over prompts"
@@ -65,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{spec.path or spec.function}"
         )
     overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    for name, value in overrides.items():
+        if problem := name != "head" and number_problem(name, value):
+            raise cli.UsageError(f"--{name} {problem}")
     spec = dataclasses.replace(spec, training=dataclasses.replace(spec.training, **overrides))
     output = args.output_dir or config.default_path(spec.path)
     if args.dry_run:
@@ -78,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         training.check_head(config, spec)
     arguments = training.arguments_of(spec.training, args.bf16, args.data_files)
     done = training.read_metrics(output)
-    if spec.training.head == "full" and done.get("arguments") == arguments:
-        print(f"{output} is complete\n{training.summary(spec.name, done)}")
+    if spec.training.head == "full" and training.is_complete(output, arguments, args.rerun):
+        print(f"{output} is complete (--rerun trains it again)\n{training.summary(spec.name, done)}")
         return 0
 
     started, device = time.monotonic(), models.pick_device(args.device)
