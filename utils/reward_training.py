@@ -230,7 +230,7 @@ def train_full(
         "report_to": report_to,
         "logging_strategy": "no" if report_to == "none" else "steps",
         "logging_steps": 50,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "disable_tqdm": True,
     }
     trainer = (_pair_trainer if isinstance(source[0], Pair) else _label_trainer)(
