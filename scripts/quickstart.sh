@@ -43,4 +43,4 @@ stage "best of 4" python baseline_eval.py --num_samples 4 --obj_weights 0.6,0.4 
 stage "report" python pareto_report.py "$WORKSPACE/mavis_logs" "$WORKSPACE/baseline_logs" "$WORKSPACE/baseline_bon_logs" \
   --objectives help,harm --output_dir "$WORKSPACE/report"
 echo
-echo "the front of help and harm: $WORKSPACE/report (report.md, and the figures beside it)"
+echo "the front of help and harm: $WORKSPACE/report/anthropic_help_harm_front.png (its numbers: $WORKSPACE/report/report.md)"

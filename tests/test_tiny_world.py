@@ -293,3 +293,65 @@ def test_the_base_model_is_close_to_its_generator(tmp_path):
     report = json.loads((tmp_path / "world" / "report.json").read_text())
     for name in ("anthropic", "summary"):
         assert 0 <= report[name]["cross_entropy"] - report[name]["generator"] < 0.05
+
+
+def generator_as_llama(prompt):
+    """A Llama whose next-token distribution is the generator's for one subject: its layers add nothing, embeddings are
+    one-hot, and the head holds the log-probabilities. Token W + 1 stands for the prompt, and W for the end."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size, width = tiny.NUM_WORDS + 2, 32
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        rms_norm_eps=0.0,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tiny.END,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    matrix = np.full((size, size), 1e-30)  # what cannot be: the prompt's token, and the end as the first token
+    matrix[: tiny.START, : tiny.END + 1] = tiny.transition(tiny.subject_of(prompt))[: tiny.START]
+    matrix[tiny.START + 1, : tiny.END + 1] = tiny.transition(tiny.subject_of(prompt))[tiny.START]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "embed" in name or "lm_head" in name:
+                parameter.zero_()
+        model.model.embed_tokens.weight[:, :size] = torch.eye(size, dtype=torch.float64)
+        model.lm_head.weight[:, :size] = torch.tensor(np.log(np.maximum(matrix, 1e-30)).T / np.sqrt(width))
+    return model
+
+
+def test_decoding_under_the_reference_reaches_the_exact_rewards_and_log_ratio():
+    """4,000 answers under a model that is the generator: mean rewards and the mean log-ratio of the top-k cut lie within
+    5 standard errors of what dynamic programming says."""
+    from utils.decoding import decode
+    from utils.policies import ReferencePolicy
+
+    size, horizon, top_k = 4000, 12, 15
+    done = decode(
+        ReferencePolicy(generator_as_llama(PROMPT), top_k=top_k),
+        [[tiny.START + 1]] * size,
+        keys=[(0, i) for i in range(size)],
+        max_new_tokens=horizon,
+        eos_token_id=tiny.END,
+        batch_size=500,
+    )
+    answers = [[int(t) for t in c.token_ids] for c in done]
+    exact = tiny.exact_mavis(PROMPT, {"help": 0.5, "harm": 0.5}, 0.0, horizon, top_k)
+    texts = [tiny.words_of(a) for a in answers]
+    measured = {
+        "help": tiny.help_reward([PROMPT] * size, texts),
+        "harm": tiny.harm_reward([PROMPT] * size, texts),
+        "log_ratio": np.array([c.log_ratio for c in done]),
+    }
+    for name, values in measured.items():
+        assert values.mean() == pytest.approx(exact[name], abs=5 * values.std() / np.sqrt(size))
+    for completion, answer in zip(done, answers, strict=True):
+        last = answer[-1] if answer else None
+        assert completion.finished == (last == tiny.END) and len(answer) <= horizon
