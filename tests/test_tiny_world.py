@@ -328,7 +328,7 @@ def generator_as_llama(prompt):
 
 
 def test_decoding_under_the_reference_reaches_the_exact_rewards_and_log_ratio():
-    """4,000 answers under a model that is the generator: mean rewards and the mean log-ratio of the top-k cut lie within
+    """4,000 answers under a model that is the generator: mean rewards and mean log-ratio of the top-k cut lie within
     5 standard errors of what dynamic programming says."""
     from utils.decoding import decode
     from utils.policies import ReferencePolicy
