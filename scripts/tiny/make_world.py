@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import quiet_libraries, run
 
-VERSION = 3  # of what is made; another number makes the world again
-NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS, NUM_PAIRS = 120, 600, 120, 800
+VERSION = 4  # of what is made; another number makes the world again
+NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS = 120, 600, 120
 NUM_HUMOR = {"train": 5000, "test": 500}
 ANSWER_WORDS = 16
 SPECIAL = ("[PAD]", "<s>", "</s>", "<unk>")
@@ -121,19 +121,6 @@ def write_data(folder: Path, seed: int) -> dict[str, list[str]]:
         )
         users = texts[f"summary/{split}"]
         write_csv(folder / f"summary/{split}.csv.gz", {"post": users, "summary": answers(users)})
-
-        # Preference pairs for help: the better of two answers is the chosen one.
-        users = [texts[f"anthropic/{split}"][i] for i in rng.integers(len(texts[f"anthropic/{split}"]), size=NUM_PAIRS)]
-        first, second = answers(users), answers(users)
-        better = tiny.help_reward(users, first) >= tiny.help_reward(users, second)
-        pairs = [
-            (u, *((a, b) if first_is else (b, a)))
-            for u, a, b, first_is in zip(users, first, second, better, strict=True)
-        ]
-        write_jsonl(
-            folder / f"pairs/{split}.jsonl.gz",
-            [{"chosen": tiny.dialogue(u, a), "rejected": tiny.dialogue(u, b)} for u, a, b in pairs],
-        )
 
         # Labelled dialogues for humor: about as many answers that rhyme with the subject as that do not.
         users = texts[f"anthropic/{split}"]
