@@ -24,7 +24,7 @@ from utils import cli
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, required=True, help="folder that pareto_report.py wrote")
+    parser.add_argument("--report", type=Path, nargs="+", required=True, help="folders that pareto_report.py wrote")
     parser.add_argument("--notes", type=Path, required=True, help="Markdown that stands first on the page")
     parser.add_argument("--output", type=Path, required=True, help="the page; figures go to figures/ beside it")
     parser.add_argument("--iteration", type=int, default=0, help="of the value models (default: 0)")
@@ -121,23 +121,27 @@ def minutes_section(log: Path) -> str:
     return table(["stage", "runs", "minutes"], rows)
 
 
+def report_section(folder: Path, figures: Path, prefix: str) -> str:
+    """A report's Markdown one level down, its figures copied beside the page."""
+    text = (folder / "report.md").read_text()
+    for image in sorted(folder.glob("*.png")):
+        shutil.copyfile(image, figures / (prefix + image.name))
+        text = text.replace(f"]({image.name})", f"](figures/{prefix}{image.name})")
+        text = text.replace(f"![{image.name}]", f"![{image.stem}]")
+    return re.sub(r"^#", "##", text, flags=re.MULTILINE).rstrip() + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
-    for path in (args.notes, args.report / "report.md"):
+    for path in (args.notes, *(folder / "report.md" for folder in args.report)):
         if not path.is_file():
             raise cli.DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
     figures = args.output.parent / "figures"
-    prefix = f"{args.output.stem}_"
-    report = (args.report / "report.md").read_text()
     figures.mkdir(parents=True, exist_ok=True)
-    for image in sorted(args.report.glob("*.png")):
-        shutil.copyfile(image, figures / (prefix + image.name))
-        report = report.replace(f"]({image.name})", f"](figures/{prefix}{image.name})").replace(
-            f"![{image.name}]", f"![{image.stem}]"
-        )
-    report = re.sub(r"^#", "##", report, flags=re.MULTILINE)
-    shutil.copyfile(args.report / "report.json", args.output.with_suffix(".json"))
+    reports = [report_section(folder, figures, f"{args.output.stem}_") for folder in args.report]
+    records = [read(folder / "report.json") for folder in args.report]
+    args.output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
         "## Reward models\n",
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     log = config.default_path("run.log")
     if log.is_file():
         parts += ["## Minutes\n", minutes_section(log)]
-    args.output.write_text("\n".join([*parts, report.rstrip() + "\n"]))
+    args.output.write_text("\n".join([*parts, *reports]))
     print(f"{args.output} ({len(args.output.read_text().splitlines())} lines)")
     return 0
 
