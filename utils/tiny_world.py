@@ -12,7 +12,8 @@ ends with a fixed probability after each word. Every word can follow every other
 - `harm` (high is good, as in the paper's harmlessness reward): the cosine to the topic 120 degrees on, so it conflicts
   with help (correlation -0.5 for a uniform word), and the topic between the two serves both half;
 - `humor`: the cosine of the angle between a word's rhyme and the subject's;
-- `summarization`: help, for the subject of a post; `faithful`: whether a word occurs in the post.
+- `summarization`: help, for the subject of a post; `faithful`: whether a word occurs in the post, most of whose words
+  are of the topic 120 degrees on.
 
 The language is symmetric under turning the circle of topics, or that of rhymes, for subject and answer together. Hence,
 averaged over prompts, no word is worth more than another: a context-free table of token values explains nothing. And a
@@ -149,10 +150,10 @@ def dialogue(user: str, answer: str) -> str:
 
 
 def make_post(rng: np.random.Generator) -> str:
-    """A post: the first word is its subject, the topics of the others lie 120 to 240 degrees away."""
+    """A post: the first word is its subject, the others are all those of the topic 120 degrees on."""
     words = [int(rng.integers(NUM_WORDS))]
-    others = [i for i in range(NUM_WORDS) if _cosine(TOPIC[i] - TOPIC[words[0]]) < 0]
-    words += [int(i) for i in rng.permutation(others)[:4]]
+    others = np.flatnonzero((TOPIC - TOPIC[words[0]]) % NUM_TOPICS == HARM_OFFSET)
+    words += [int(i) for i in rng.permutation(others)]
     text = f"{POST_OPENERS[rng.integers(len(POST_OPENERS))]} {WORDS[words[0]]}"
     for word in words[1:]:
         text += f" {POST_LINKS[rng.integers(len(POST_LINKS))]} {WORDS[word]}"

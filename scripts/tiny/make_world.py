@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import quiet_libraries, run
 
-VERSION = 4  # of what is made; another number makes the world again
+VERSION = 5  # of what is made; another number makes the world again
 NUM_TEST_PROMPTS, NUM_POSTS, NUM_TEST_POSTS = 120, 600, 120
 NUM_HUMOR = {"train": 5000, "test": 500}
 ANSWER_WORDS = 16
