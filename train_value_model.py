@@ -43,7 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
                        "published (default: future)")  # fmt: skip
     group.add_argument("--deepest_fraction", type=float, help="share of each tree's deepest nodes to train on")
     group = parser.add_argument_group("training (defaults: the configuration's)")
-    group.add_argument("--num_epochs", type=int, help="passes over the training nodes")
+    group.add_argument("--num_epochs", type=int, help="passes over the training nodes; 0: the ridge start alone")
+    group.add_argument("--head_start", choices=("mean", "ridge"),
+                       help="a new head: predicts the targets' mean, or is their ridge regression on the states")  # fmt: skip
+    group.add_argument("--targets", choices=("ends", "dense"),
+                       help="a node's target at its last token (published), or at each of its tokens")  # fmt: skip
+    group.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=None,
+                       help="train in units of the targets' standard deviation")  # fmt: skip
     group.add_argument("--batch_size", type=int, help="nodes per optimizer step, over all processes")
     group.add_argument("--lr", type=float, help="Adafactor's highest learning rate")
     group.add_argument("--weight_decay", type=float, help="decay per step, times the learning rate")
@@ -72,7 +78,7 @@ def training_spec(args, dataset, objective):
             raise UsageError(f"--no_warmup and --warmup_steps {args.warmup_steps} exclude each other")
         spec = dataclasses.replace(spec, warmup_steps=0)
     for name, low, high in (
-        ("num_epochs", 1, None),
+        ("num_epochs", 0, None),
         ("batch_size", 1, None),
         ("warmup_steps", 0, None),
         ("seed", 0, None),
@@ -84,6 +90,8 @@ def training_spec(args, dataset, objective):
             raise UsageError(
                 f"--{name} must be at least {low}" + (f" and at most {high}" if high else "") + f", got {value}"
             )
+    if spec.num_epochs == 0 and (spec.head_start != "ridge" or args.init_checkpoint):
+        raise UsageError("--num_epochs 0 leaves a new head's --head_start ridge, and nothing else; give at least 1")
     if not math.isfinite(spec.lr) or spec.lr <= 0:
         raise UsageError(f"--lr must be a positive number, got {spec.lr}")
     if not math.isfinite(args.KL_penalty) or args.KL_penalty < 0:
@@ -203,8 +211,12 @@ def main(argv=None) -> int:
             f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
         )
         model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
-        if not init:
-            vt.start_at_mean(model, training, packing=spec.packing, device=device)
+        if not init and not (folder / vt.STATE).is_file():
+            if spec.head_start == "ridge":
+                ridge = vt.start_at_ridge(model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device)
+                accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
+            else:
+                vt.start_at_mean(model, training, packing=spec.packing, device=device)
     assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
 
     if spec.bf16 and not vt.bf16_is_fast(device):
@@ -223,7 +235,8 @@ def main(argv=None) -> int:
     )  # fmt: skip
     if accelerator.is_main_process:
         known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
-        record = {"objective": objective.name, "label": config.label, "vocabulary": known, **metrics}
+        record = {"objective": objective.name, "label": config.label, "vocabulary": known,
+                  "pooling": config.value_model.pooling, **metrics}  # fmt: skip
         vt.save_adapter(model, folder, record)
         vt.publish(folder, output)
     if wandb:

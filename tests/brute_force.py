@@ -29,19 +29,26 @@ def next_token_probs(model, tokens, temperature):
 
 
 @torch.no_grad()
-def value_of(model, tokens):
-    return float(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, 0])
+def value_of(model, tokens, start):
+    """The head at the last token; of a model that pools, its mean over the tokens from `start` on."""
+    out = model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    if getattr(model.config, "value_pooling", "last") == "last":
+        return float(out.logits[0, 0])
+    return sum(float(model.score(state)) for state in out.hidden_states[-1][0, start:]) / (len(tokens) - start)
 
 
-def step(reference, value_models, weights, tokens, *, beta, k, temperature, normalization="minmax", clip=6.0):
-    """(candidate ids, p_ref, u, p_tilt), likeliest candidate first, from facts of the method alone."""
+def step(reference, value_models, weights, tokens, start=0, *, beta, k, temperature, normalization="minmax", clip=6.0):
+    """(candidate ids, p_ref, u, p_tilt), likeliest candidate first, from facts of the method alone.
+
+    The response begins at token number `start`.
+    """
     probs = next_token_probs(reference, tokens, temperature)
     ids = sorted(range(len(probs)), key=lambda i: -float(probs[i]))[:k]
     p = [float(probs[i]) for i in ids]
     if not value_models:
         total = sum(p)
         return ids, p, None, [x / total for x in p]
-    v = [sum(w * value_of(m, tokens + [i]) for m, w in zip(value_models, weights, strict=False)) for i in ids]
+    v = [sum(w * value_of(m, tokens + [i], start) for m, w in zip(value_models, weights, strict=False)) for i in ids]
     if normalization == "minmax":
         u = [(x - min(v)) / (max(v) - min(v) + 1e-6) for x in v]
     elif normalization == "zscore":
@@ -54,11 +61,12 @@ def step(reference, value_models, weights, tokens, *, beta, k, temperature, norm
     return ids, p, u, [o / sum(odds) for o in odds]
 
 
-def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos, **settings):
-    """(tokens, log-ratio, steps) of one sequence."""
+def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos, start=None, **settings):
+    """(tokens, log-ratio, steps) of one sequence; `start` is where the response began, if not behind `prompt`."""
+    start = len(prompt) if start is None else start
     tokens, log_ratio, steps = [], 0.0, []
     for t in range(max_new_tokens):
-        ids, p, u, tilted = step(reference, value_models, weights, list(prompt) + tokens, **settings)
+        ids, p, u, tilted = step(reference, value_models, weights, list(prompt) + tokens, start, **settings)
         threshold, running, chosen = uniform(key, t) * sum(tilted), 0.0, len(ids) - 1
         for i, q in enumerate(tilted):
             running += q
@@ -82,7 +90,7 @@ def beam_search(
         continuations = []
         for b, tokens in enumerate(beams):
             text = list(prompt) + tokens
-            ids, _, _, tilted = step(reference, value_models, weights, text, **settings)
+            ids, _, _, tilted = step(reference, value_models, weights, text, len(prompt), **settings)
             for d in range(num_samples):
                 draw = key if (b, d) == (0, 0) else (*key, b, d)
                 threshold, running, chosen = uniform(draw, t) * sum(tilted), 0.0, len(ids) - 1
@@ -91,7 +99,8 @@ def beam_search(
                     if running > threshold:
                         chosen = i
                         break
-                value = sum(w * value_of(m, text + [ids[chosen]]) for m, w in zip(value_models, weights, strict=False))
+                longer = text + [ids[chosen]]
+                value = sum(w * value_of(m, longer, len(prompt)) for m, w in zip(value_models, weights, strict=False))
                 continuations.append((tokens + [ids[chosen]], value))
         continuations.sort(key=lambda c: -c[1])
         finished += [(c, v, True) for c, v in continuations if c[-1] == eos]

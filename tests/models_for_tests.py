@@ -52,7 +52,8 @@ def causal_lm(name: str, seed: int = 0, dtype=torch.float64):
     return _spread(AutoModelForCausalLM.from_config(CONFIGS[name]), seed).to(dtype)
 
 
-def value_model(name: str, seed: int = 1, dtype=torch.float64, layers: int = 2):
+def value_model(name: str, seed: int = 1, dtype=torch.float64, layers: int = 2, pooling: str = "last"):
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
     config.num_labels, config.num_hidden_layers, config.pad_token_id = 1, layers, None
+    config.value_pooling = pooling
     return _spread(AutoModelForSequenceClassification.from_config(config), seed).to(dtype)

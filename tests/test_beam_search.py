@@ -11,16 +11,19 @@ from utils.policies import MavisPolicy, ReferencePolicy
 NAMES = ("a", "b")
 
 
-def make_policy(architecture="llama_grouped_tied", **kwargs):
-    reference, values = causal_lm(architecture), {n: value_model(architecture, i + 1) for i, n in enumerate(NAMES)}
+def make_policy(architecture="llama_grouped_tied", pooling="last", **kwargs):
+    reference = causal_lm(architecture)
+    values = {n: value_model(architecture, i + 1, pooling=pooling) for i, n in enumerate(NAMES)}
     arguments = dict(beta=3.0, top_k=6) | kwargs
     return reference, values, MavisPolicy(reference, values, {"a": 0.4, "b": 0.6}, **arguments)
 
 
 @pytest.mark.parametrize(("beams", "samples"), [(3, 1), (2, 3), (4, 2), (1, 4)])
-@pytest.mark.parametrize("architecture", ["llama_grouped_tied", "gpt2"])
-def test_beam_search_equals_the_slow_version_token_by_token(architecture, beams, samples):
-    reference, values, policy = make_policy(architecture)
+@pytest.mark.parametrize(
+    ("architecture", "pooling"), [("llama_grouped_tied", "last"), ("gpt2", "last"), ("llama_grouped_tied", "mean")]
+)
+def test_beam_search_equals_the_slow_version_token_by_token(architecture, pooling, beams, samples):
+    reference, values, policy = make_policy(architecture, pooling)
     prompts, keys, eos = make_prompts(3, seed=2), [(5, i) for i in range(3)], 9
     run = dict(num_beams=beams, num_samples=samples, max_new_tokens=7)
     found = beam_search(policy, prompts, keys=keys, num_return=50, eos_token_id=eos, batch_size=2 * beams, **run)

@@ -49,6 +49,29 @@ def test_decoding_equals_brute_force_on_every_architecture(name):
         assert_same(completion, expected)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["llama_grouped_tied", "gpt2"])
+def test_values_that_are_means_over_the_response_equal_brute_force(name, shared):
+    """Of three models the first two pool, and may share a backbone with the third between them; rows are refilled."""
+    reference, pooled = causal_lm(name), [value_model(name, i, pooling="mean") for i in (1, 2)]
+    if shared:
+        setattr(pooled[1], pooled[1].base_model_prefix, getattr(pooled[0], pooled[0].base_model_prefix))
+    values = {"a": pooled[0], "b": value_model(name, 3), "c": pooled[1]}
+    weights = {"a": 0.5, "b": 0.2, "c": 0.3}
+    policy = MavisPolicy(reference, values, weights, beta=3.0, top_k=6, normalization="none")
+    assert len(policy.value_readers) == (2 if shared else 3)
+    prompts, keys = make_prompts(6, seed=8), [(2, i) for i in range(6)]
+    run = dict(max_new_tokens=9, eos_token_id=[EOS, *range(9, 61, 6)])
+    completions = decode(policy, prompts, keys=keys, batch_size=2, trace=True, **run)
+    for prompt, key, completion in zip(prompts, keys, completions, strict=True):
+        end = completion.token_ids[-1] if completion.finished else None
+        settings = dict(beta=3.0, k=6, temperature=1.0, normalization="none", max_new_tokens=9, eos=end)
+        assert_same(
+            completion, brute_force.decode(reference, list(values.values()), list(weights.values()), prompt, key, **settings)
+        )  # fmt: skip
+    assert len({len(c.token_ids) for c in completions}) > 1
+
+
 @pytest.mark.parametrize("normalization", ["minmax", "zscore", "none"])
 def test_every_normalisation_equals_brute_force(normalization):
     reference, value = causal_lm("llama_grouped_tied"), value_model("llama_grouped_tied")
@@ -133,7 +156,7 @@ def test_looking_rarely_at_the_device_changes_nothing():
 def test_equal_prompts_are_read_once(monkeypatch):
     policy = ReferencePolicy(causal_lm("llama_full"))
     read, prefill = [], policy.prefill
-    monkeypatch.setattr(policy, "prefill", lambda prompts: read.extend(prompts) or prefill(prompts))
+    monkeypatch.setattr(policy, "prefill", lambda prompts, starts: read.extend(prompts) or prefill(prompts, starts))
     decode(
         policy,
         [[5, 6, 7]] * 6 + [[8, 9]] * 6,

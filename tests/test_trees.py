@@ -133,24 +133,36 @@ def test_a_tree_does_not_depend_on_the_batch_or_on_other_prompts(batch_size):
         assert same(together[index], alone[index])
 
 
-def test_forked_segments_equal_brute_force_from_the_whole_prefix():
-    """Each segment is what decoding from its whole prefix gives for its key, value model included."""
-    reference, value = causal_lm("llama_full"), value_model("llama_full")
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("splitting", [False, True])
+def test_forked_segments_equal_brute_force_from_the_whole_prefix(pooling, splitting):
+    """Each segment is what decoding from its whole prefix gives for its key, value model included.
+
+    A child of the root that was cut, and its tail, were one segment; what grew from the cut is compared.
+    """
+    reference, value = causal_lm("llama_full"), value_model("llama_full", pooling=pooling)
     policy = MavisPolicy(reference, {"a": value}, {"a": 1.0}, beta=2.0, top_k=5, normalization="none")
-    tree = grow(policy, {3: [5, 6, 7]}, TreeShape(2, 2, 2, 8), 3)[3]
-    paths = {0: ()}
-    for node in range(1, len(tree)):
-        parent = int(tree.parent[node])
-        paths[node] = (*paths[parent], list(tree.children(parent)).index(node))
-        prefix = tree.path_tokens(parent).tolist()
-        settings = dict(
-            beta=2.0, k=5, temperature=1.0, normalization="none", max_new_tokens=len(tree.tokens[node]), eos=None
-        )
-        tokens, log_ratio, _ = brute_force.decode(
-            reference, [value], [1.0], prefix, (0, 3, *paths[node], 2), **settings
-        )
-        assert tree.tokens[node].tolist() == tokens
-        assert tree.log_ratio[node] == pytest.approx(log_ratio, abs=1e-5)
+    eos = [2, 9, 11, 13, 17, 23] if splitting else None
+    compared = 0
+    for index, prompt in {3: [5, 6, 7], 4: [8, 9], 5: [5, 7, 6, 9]}.items():
+        tree = grow(policy, {index: prompt}, TreeShape(2, 3, 3, 12, dynamic_splitting=splitting), 3, eos=eos)[index]
+        paths, depth = {0: ()}, tree.depth
+        cut = {n for n in tree.children(0) if any(tree.finished[tree.children(n)]) and not tree.finished[n]}
+        for node in range(1, len(tree)):
+            parent = int(tree.parent[node])
+            paths[node] = (*paths[parent], list(tree.children(parent)).index(node))
+            if splitting and (depth[node] == 1 or (parent in cut and paths[node][-1] == 0)):
+                continue
+            compared += 1
+            end = int(tree.tokens[node][-1]) if tree.finished[node] else None
+            tokens, log_ratio, _ = brute_force.decode(
+                reference, [value], [1.0], tree.path_tokens(parent).tolist(), (0, index, *paths[node], 2), eos=end,
+                start=len(prompt), max_new_tokens=len(tree.tokens[node]), beta=2.0, k=5, temperature=1.0,
+                normalization="none",
+            )  # fmt: skip
+            assert tokens == tree.tokens[node].tolist()
+            assert log_ratio == pytest.approx(tree.log_ratio[node], abs=1e-6)
+    assert compared > 20
 
 
 @pytest.mark.parametrize(("root", "inner", "layers"), [(4, 2, 3), (25, 1, 2), (1, 1, 1)])

@@ -187,23 +187,36 @@ def test_in_a_trees_row_each_token_sees_its_own_path_and_nothing_else():
         ancestors = tree.path(owner[i])
         for j in range(len(owner)):
             assert mask[i, j] == (j <= i and owner[j] in ancestors)
-    for node, last in zip(example.nodes, layout.last, strict=True):
+    for node, last in zip(example.nodes, layout.places, strict=True):
         seen = mask[last].numpy().nonzero()[0]
         assert layout.tokens[seen].tolist() == tree.path_tokens(node).tolist()
         assert layout.positions[seen].tolist() == list(range(len(seen)))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_both_packings_give_the_loss_and_gradients_of_one_plain_call_per_path(name):
-    model = lora(value_model(name, dtype=torch.float32))
+def plain_values(model, tree: Tree, node: int) -> list[torch.Tensor]:
+    """The value at each token of a node's segment, by one plain call on its path."""
+    path = torch.tensor(tree.path_tokens(node)[None].astype(np.int64))
+    state = model(input_ids=path, output_hidden_states=True).hidden_states[-1][0]
+    scores, start = model.get_base_model().score(state)[:, 0], len(tree.tokens[0])
+    places = range(len(scores) - len(tree.tokens[node]), len(scores))
+    return [scores[i] if model.config.value_pooling == "last" else scores[start : i + 1].mean() for i in places]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("name", "pooling"), [*((n, "last") for n in sorted(CONFIGS)), ("llama_full", "mean"), ("gpt2", "mean")]
+)
+def test_both_packings_give_the_loss_and_gradients_of_one_plain_call_per_path(name, pooling, dense):
+    model = lora(value_model(name, dtype=torch.float32, pooling=pooling))
     data = examples(3)
     total = sum(len(x.nodes) for x in data)
 
     losses = []
     for x in data:
         for node in x.nodes:
-            logit = model(input_ids=torch.tensor(x.tree.path_tokens(node)[None].astype(np.int64))).logits[0, 0]
-            losses.append((logit - x.targets[node]) ** 2)
+            values = plain_values(model, x.tree, node)
+            values = values if dense else values[-1:]
+            losses += [(value - x.targets[node]) ** 2 / len(values) for value in values]
     plain = sum(losses) / total
     plain.backward()
     expected = gradients(model)
@@ -213,7 +226,7 @@ def test_both_packings_give_the_loss_and_gradients_of_one_plain_call_per_path(na
         for max_tokens in (10_000, 60):  # in one pass, in many
             model.zero_grad()
             units = vt.make_units(data, packing, 1000)
-            loss = vt.add_gradients(model, data, units, total, max_tokens=max_tokens)
+            loss = vt.add_gradients(model, data, units, total, dense=dense, max_tokens=max_tokens)
             assert float(loss) == pytest.approx(plain.item(), rel=1e-5)
             assert torch.allclose(gradients(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

@@ -56,6 +56,9 @@ class ModelSpec:
     num_layers: int | None = None  # keep the first N layers; None keeps all
     special_tokens: dict[str, str] = field(default_factory=dict)  # e.g. {pad_token: "[PAD]"}, added to the tokenizer
     lora: LoraSpec | None = None
+    # How a value model reads a text: "last": the head on the last token's state, as published; "mean": the mean of the
+    # head over the response's tokens (0 where there are none).
+    pooling: str = "last"
     made_by: str = ""  # the command that makes `path`, for the error message when it is missing
 
 
@@ -93,6 +96,11 @@ class TrainingSpec:
     bf16: bool = False
     packing: str = "node"  # "node": one path per example, as published; "tree": one pass over a tree's unique tokens
     deepest_fraction: float = 0.5  # share of each tree's deepest-level nodes that is trained on
+    targets: str = "ends"  # "ends": a node's target at its last token, as published; "dense": at each of its tokens
+    # Where a new head starts: "mean" predicts about the targets' mean; "ridge" is the regression of the targets on the
+    # untrained model's states, after which num_epochs may be 0.
+    head_start: str = "mean"
+    standardize: bool = False  # train in units of the targets' standard deviation, so that lr means the same for all
     seed: int = 8888
 
 
@@ -355,12 +363,12 @@ def load_config(path: str | os.PathLike | None = None, workspace: str | os.PathL
 LEAST = {
     name: 1
     for name in (
-        "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "num_epochs", "batch_size",
+        "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "batch_size",
         "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
         "num_val_prompts", "max_rows", "top_k", "num_trials",
     )
 } | {
-    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")
+    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "num_epochs")
 }  # fmt: skip
 ABOVE_ZERO = ("lr", "temperature")
 TEMPLATE_FIELDS = {
@@ -410,6 +418,10 @@ def _check(config: Config) -> None:
         if not spec.objectives or len(set(spec.objectives)) < len(spec.objectives):
             raise ConfigError(f"{config.path}: {where}.objectives must name at least one, each once")
         choice(spec.training.packing, ("node", "tree"), f"{where}.training.packing")
+        choice(spec.training.targets, ("ends", "dense"), f"{where}.training.targets")
+        choice(spec.training.head_start, ("mean", "ridge"), f"{where}.training.head_start")
+        if spec.training.num_epochs == 0 and spec.training.head_start != "ridge":
+            raise ConfigError(f"{config.path}: {where}.training.num_epochs is 0, which needs head_start: ridge")
         template(spec.reference_template, f"{where}.reference_template", ("prompt", "user"))
         for name, source in spec.splits.items():
             low, high = source.hash_range
@@ -428,6 +440,7 @@ def _check(config: Config) -> None:
         if spec.training:
             choice(spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
             choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
+    choice(config.value_model.pooling, ("last", "mean"), "value_model.pooling")
     choice(config.decoding.normalization, ("minmax", "none", "zscore"), "decoding.normalization")
     for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):
         choice(dtype, ("auto", "float32", "float64", "bfloat16", "float16"), where)

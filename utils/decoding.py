@@ -44,10 +44,14 @@ class Completion:
 
 @dataclass
 class Prefix:
-    """Tokens that are read once and then serve every job that starts from them."""
+    """Tokens that are read once and then serve every job that starts from them.
+
+    `response_start` is where the response begins; without it, all of them are the prompt.
+    """
 
     tokens: Sequence[int]
     snapshot: Snapshot | None = None
+    response_start: int | None = None
 
 
 @dataclass
@@ -216,7 +220,8 @@ def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int) -> 
         ):
             longest = max(longest, len(waiting[0].tokens))
             group.append(waiting.pop(0))
-        for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group]), strict=True):
+        starts = [len(p.tokens) if p.response_start is None else p.response_start for p in group]
+        for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group], starts), strict=True):
             prefix.snapshot = snapshot
 
 

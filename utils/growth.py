@@ -115,7 +115,8 @@ def grow_trees(
         cut = 1 + draw * (len(tokens) - 1) // (1 << 64)  # 1 .. len - 1
         growing[index].segments[path] = (tokens[:cut], sum(ratios[:cut]), False)
         growing[index].segments[(*path, 0)] = (tokens[cut:], sum(ratios[cut:]), True)
-        return child_jobs(index, path, Prefix([*prompts[index], *tokens[:cut]]), cut, first=1)
+        prefix = Prefix([*prompts[index], *tokens[:cut]], response_start=len(prompts[index]))
+        return child_jobs(index, path, prefix, cut, first=1)
 
     queue: deque[Job] = deque()
     for index, tokens in prompts.items():

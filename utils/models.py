@@ -221,12 +221,18 @@ def _check_same_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _check_trained_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a DataError if a value model's folder records another vocabulary than the reference's."""
+def _check_trained_for(folder: Path, tokenizer: PreTrainedTokenizerBase, pooling: str) -> None:
+    """Raise a DataError if a value model's folder records another vocabulary than the reference's, or pooling."""
     try:
-        recorded = json.loads((folder / "metrics.json").read_text())["vocabulary"]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        recorded, trained = metrics["vocabulary"], metrics.get("pooling", "last")
     except (OSError, ValueError, KeyError, TypeError):
         return  # an adapter from elsewhere
+    if trained != pooling:
+        raise DataError(
+            f"the value model in {folder} was trained with value_model.pooling: {trained}, the configuration has "
+            f"{pooling}; train it again, or use the configuration that made it"
+        )
     if recorded["hash"] != vocabulary_hash(tokenizer):
         raise DataError(
             f"the value model in {folder} was trained for another vocabulary ({recorded['size']} tokens) than that of "
@@ -251,6 +257,7 @@ def _value_base(
     if model.get_input_embeddings().num_embeddings != vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.value_pooling = spec.pooling
     return model
 
 
@@ -274,7 +281,7 @@ def new_value_model(
         base = _value_base(config, spec, tokenizer, vocab_size, torch.float32)
         if init_checkpoint:
             check_adapter_folder(Path(init_checkpoint), "value model to continue")
-            _check_trained_for(Path(init_checkpoint), tokenizer)
+            _check_trained_for(Path(init_checkpoint), tokenizer, spec.pooling)
             return _load_adapter(base, init_checkpoint, is_trainable=True).to(device)
         torch.nn.init.zeros_(base.score.weight)
         lora = LoraConfig(
@@ -305,7 +312,7 @@ def load_value_model(
     check_adapter_folder(
         folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}"
     )
-    _check_trained_for(folder, tokenizer)
+    _check_trained_for(folder, tokenizer, config.value_model.pooling)
     base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
     merged = _load_adapter(base, folder).merge_and_unload()
     return merged.to(device, dtype or pick_dtype(config, device)).eval()
@@ -325,7 +332,19 @@ def load_value_models(
         check_adapter_folder(
             folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}"
         )
-    return {name: load_value_model(config, folder, tokenizer, vocab_size, device) for name, folder in folders.items()}
+    models, untrained = {}, None
+    for name, folder in folders.items():
+        model = models[name] = load_value_model(config, folder, tokenizer, vocab_size, device)
+        if _only_head_is_trained(folder):  # then the backbone is the base's: one for all, which is read once
+            untrained = untrained or getattr(model, model.base_model_prefix)
+            setattr(model, model.base_model_prefix, untrained)
+    return models
+
+
+def _only_head_is_trained(folder: str | Path) -> bool:
+    """Whether an adapter changes nothing but the head: every LoRA's second matrix is still 0."""
+    with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
+        return not any(file.get_tensor(key).any() for key in file.keys() if "lora_B" in key)  # noqa: SIM118
 
 
 def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
@@ -42,6 +43,7 @@ class Snapshot:
     p_ref: Tensor  # (k,)
     token_ids: Tensor  # (k,)
     table: Tensor | None = None  # (V,) values of tokens after this prompt, where a policy has such
+    response: Tensor | None = None  # (M + 1,) see `MavisPolicy.response`
 
 
 # --------------------------------------------------------------------------------------------------------- attention
@@ -177,27 +179,41 @@ class SlotCache(Cache):
             self.store = kept
 
 
-class CachedModel:
-    """A transformers model and its rows' cache. A value model's scalar head is applied to every token it reads."""
+def _inner(model: nn.Module) -> nn.Module:
+    """A transformers model without its PEFT wrapper, whose layers are inside the base."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).eval()
 
-    def __init__(self, model: nn.Module, *, is_value_model: bool = False):
-        if hasattr(model, "get_base_model"):  # PEFT: the adapter's layers are inside the base
-            model = model.get_base_model()
-        self.model = model.eval()
-        self.is_value_model = is_value_model
+
+def _head(model: nn.Module) -> nn.Module:
+    """A value model's scalar head."""
+    for name in ("score", "classifier"):
+        if hasattr(model, name):
+            return getattr(model, name)
+    raise ValueError(f"a value model needs a scalar head named score; {type(model).__name__} has none")
+
+
+class CachedModel:
+    """A transformers model and its rows' cache; for a value model, with the scalar heads that read its states.
+
+    Args:
+        heads: of the value models that share this one's backbone; they are applied to every token it reads. None: a
+            language model.
+    """
+
+    def __init__(self, model: nn.Module, heads: Sequence[nn.Module] | None = None):
+        self.model = _inner(model)
+        model = self.model
+        self.heads = heads
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.num_layers = getattr(text, "num_hidden_layers", 0)
         self.context = getattr(text, "max_position_embeddings", None)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        if is_value_model:
+        if heads is not None:
             self.backbone = getattr(model, model.base_model_prefix)
-            self.head = next((getattr(model, n) for n in ("score", "classifier") if hasattr(model, n)), None)
-            if self.head is None:
-                raise ValueError(f"a value model needs a scalar head named score; {type(model).__name__} has none")
 
     def read(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        """Read (B, q) tokens; returns values (B, q) of a value model, logits (B, V) after the last token of another."""
+        """Read (B, q) tokens; returns each head's output (heads, B, q), or logits (B, V) after the last token."""
         config = self.model.config
         attention = config._attn_implementation if hasattr(config, "_attn_implementation") else None
         if attention == "sdpa":
@@ -206,9 +222,9 @@ class CachedModel:
             inputs = dict(
                 input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
             )
-            if self.is_value_model:
+            if self.heads is not None:
                 hidden = self.backbone(**inputs).last_hidden_state
-                return self.head(hidden).squeeze(-1)
+                return torch.stack([head(hidden).squeeze(-1) for head in self.heads])
             return self.model(**inputs, logits_to_keep=1).logits[:, -1]
         finally:
             if attention == "sdpa":
@@ -253,15 +269,18 @@ class _Policy:
         """Start with that many empty rows."""
         self.layout = Layout(rows, self.device)
         self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
-        self.p_ref = self.token_ids = self.tables_of_rows = None
+        self.p_ref = self.token_ids = self.tables_of_rows = self.response = self.scores = None
 
     @property
     def rows(self) -> int:
         return self.layout.rows
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Snapshot]:
-        """Read prompts (lists of token ids) in one batch; their states, to be loaded into rows as often as wanted."""
+    def prefill(self, prompts: Sequence[Sequence[int]], response_starts: Sequence[int] | None = None) -> list[Snapshot]:
+        """Read prompts (lists of token ids) in one batch; their states, to be loaded into rows as often as wanted.
+
+        `response_starts` says where in each the response begins; without it, they are prompts to their ends.
+        """
         n, longest = len(prompts), max(map(len, prompts))
         tokens = torch.zeros(n, longest, dtype=torch.int64)
         valid = torch.zeros(n, longest, dtype=torch.bool)
@@ -274,14 +293,16 @@ class _Policy:
         own = torch.eye(longest, dtype=torch.bool, device=self.device)  # padding sees itself, lest its softmax be nan
         allowed = (causal & valid[:, None, :]) | own
 
-        logits, kv = [], []
+        logits, scores, kv = [], [], []
         for reader in self.readers:
             cache = SlotCache(Layout(n, self.device), reader.num_layers)
             out = reader.read(tokens, positions, _additive(allowed, reader.dtype), cache)
-            if not reader.is_value_model:
-                logits.append(out)
+            (logits if reader.heads is None else scores).append(out)
             kv.append(cache.store)
         p_ref, token_ids = self._candidates(logits)
+        starts = [len(p) for p in prompts] if response_starts is None else response_starts
+        begun = valid & (positions >= torch.as_tensor(starts, device=self.device)[:, None])
+        response = self._response_of(scores, begun)
         return [
             Snapshot(
                 len(prompt),
@@ -289,6 +310,7 @@ class _Policy:
                 p_ref[i],
                 token_ids[i],
                 self._table_of(prompt),
+                None if response is None else response[i],
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -306,6 +328,8 @@ class _Policy:
             self.token_ids = snapshots[0].token_ids.new_zeros(self.rows, k)
             if snapshots[0].table is not None:
                 self.tables_of_rows = snapshots[0].table.new_zeros(self.rows, len(snapshots[0].table))
+            if snapshots[0].response is not None:
+                self.response = snapshots[0].response.new_zeros(self.rows, len(snapshots[0].response))
         for row, snapshot in zip(rows, snapshots, strict=True):
             start = stop - snapshot.length
             layout.valid[row] = False
@@ -321,6 +345,8 @@ class _Policy:
         self.token_ids[index] = torch.stack([s.token_ids for s in snapshots])
         if self.tables_of_rows is not None:
             self.tables_of_rows[index] = torch.stack([s.table for s in snapshots])
+        if self.response is not None:
+            self.response[index] = torch.stack([s.response for s in snapshots])
 
     @torch.inference_mode()
     def save(self, rows: Sequence[int]) -> list[Snapshot]:
@@ -330,9 +356,9 @@ class _Policy:
             columns = self.layout.valid[row, : self.layout.width].nonzero().squeeze(-1)
             kv = [None if c.store is None else c.store[:, :, row].index_select(3, columns) for c in self.caches]
             table = None if self.tables_of_rows is None else self.tables_of_rows[row].clone()
-            snapshots.append(
-                Snapshot(self.layout.lengths[row], kv, self.p_ref[row].clone(), self.token_ids[row].clone(), table)
-            )
+            response = None if self.response is None else self.response[row].clone()
+            p_ref, token_ids = self.p_ref[row].clone(), self.token_ids[row].clone()
+            snapshots.append(Snapshot(self.layout.lengths[row], kv, p_ref, token_ids, table, response))
         return snapshots
 
     def release(self, rows: Sequence[int]) -> None:
@@ -359,6 +385,10 @@ class _Policy:
             self.token_ids = torch.cat([self.token_ids[index], self.token_ids.new_zeros(empty, k)])
         if self.tables_of_rows is not None:
             self.tables_of_rows = nn.functional.pad(self.tables_of_rows[index], (0, 0, 0, empty))
+        if self.response is not None:
+            self.response = nn.functional.pad(self.response[index], (0, 0, 0, empty))
+            if self.scores is not None:
+                self.scores = nn.functional.pad(self.scores[:, index], (0, 0, 0, empty))
 
     def _compact(self) -> None:
         """Drop columns that no row needs, once they are a good part of the buffer."""
@@ -390,6 +420,15 @@ class _Policy:
         """A prompt's own table of token values (V,), or None."""
         return None
 
+    def _response_of(self, scores: Sequence[Tensor], begun: Tensor) -> Tensor | None:
+        """What is kept of the responses that were read: see `MavisPolicy.response`.
+
+        Args:
+            scores: of each value reader, (heads, B, q).
+            begun: (B, q), which tokens are the response's.
+        """
+        return None
+
     @torch.inference_mode()
     def distribution(self) -> Step:
         """The next-token distribution of every row; call it once a step."""
@@ -406,6 +445,9 @@ class _Policy:
         """Every row takes the candidate of index choice (B,); the language models read it."""
         tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
         layout = self.layout
+        if self.response is not None:
+            chosen = self.scores[:, torch.arange(len(choice), device=choice.device), choice]  # (M, B)
+            self.response += nn.functional.pad(chosen.T, (0, 1), value=1.0)
         for cache in self.caches[len(self.languages) :]:
             cache.commit(choice)
         positions = layout.length.unsqueeze(1)
@@ -473,6 +515,9 @@ class MavisPolicy(_TiltedPolicy):
         beta: strength of the tilt.
         normalization: "minmax" (v1), "zscore" or "none".
         clip: with "none", beta * value is at most this (v1: 6); None does not clip (v3).
+
+    A value model whose configuration says `value_pooling: mean` values a text by the mean of its head over the
+    response's tokens; `response` (B, M + 1) keeps each row's sums over the response so far, and its length.
     """
 
     def __init__(
@@ -491,7 +536,28 @@ class MavisPolicy(_TiltedPolicy):
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
-        self.value_readers = [CachedModel(m, is_value_model=True) for m in models]
+        models = [_inner(m) for m in models]
+        # Value models that share a backbone are read in one pass: {backbone: indices of its models}.
+        shared: dict[int, list[int]] = {}
+        for i, model in enumerate(models):
+            shared.setdefault(id(getattr(model, model.base_model_prefix)), []).append(i)
+        self.value_readers = [CachedModel(models[g[0]], [_head(models[i]) for i in g]) for g in shared.values()]
+        order = [i for group in shared.values() for i in group]
+        self._place = None if order == sorted(order) else torch.tensor(np.argsort(order), device=self.device)
+        pools = [getattr(m.config, "value_pooling", "last") == "mean" for m in models]
+        self._pools = torch.tensor(pools, device=self.device)[:, None, None] if any(pools) else None
+
+    def _response_of(self, scores: Sequence[Tensor], begun: Tensor) -> Tensor | None:
+        if self._pools is None:
+            return None
+        sums = (self._in_order(scores) * begun).sum(-1)  # (M, B)
+        return torch.cat([sums.T, begun.sum(-1, keepdim=True).to(sums.dtype)], dim=1)
+
+    def _in_order(self, scores: Sequence[Tensor]) -> Tensor:
+        """The readers' outputs as one (M, B, q) tensor in the objectives' order, in float32 at least."""
+        stacked = scores[0] if len(scores) == 1 else torch.cat(list(scores))
+        stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
+        return stacked if self._place is None else stacked[self._place]
 
     def _objective_values(self) -> Tensor:
         k = self.token_ids.shape[1]
@@ -502,8 +568,12 @@ class MavisPolicy(_TiltedPolicy):
             if reader.dtype not in masks:
                 masks[reader.dtype] = self.layout.step_mask(k, reader.dtype)
             values.append(reader.read(self.token_ids, positions, masks[reader.dtype], cache))
-        stacked = torch.stack(values)  # (M, B, k)
-        return stacked if stacked.dtype == torch.float64 else stacked.float()
+        scores = self._in_order(values)  # (M, B, k)
+        if self._pools is None:
+            return scores
+        self.scores = scores
+        sums, count = self.response[:, :-1].T.unsqueeze(-1), self.response[:, -1:]  # (M, B, 1), (B, 1)
+        return torch.where(self._pools, (sums + scores) / (count + 1), scores)
 
 
 class TokenTablePolicy(_TiltedPolicy):

@@ -37,6 +37,8 @@ from utils.hdf5_utils import write_atomically
 from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # penalties that `start_at_ridge` chooses from
+VALUE_POOLING = "value_pooling"  # the model configuration's attribute that says how a value model reads a text
 VALIDATION_SHARE = 0.2  # of the training's cost, at most, however many validation trees there are
 TOKENS_PER_PASS = 8192  # padded tokens of one forward pass; a step that has more is done in several
 LOG_COLUMNS = ("step", "epoch", "nodes", "lr", "train_loss", "val_loss", "grad_norm", "seconds")
@@ -265,8 +267,10 @@ class Layout:
     tokens: np.ndarray  # (L,) int64
     positions: np.ndarray  # (L,) each token's place on its own path
     ends: np.ndarray  # (L,)
-    last: np.ndarray  # (n,) where each node's last token is
-    targets: np.ndarray  # (n,) float32
+    places: np.ndarray  # (m,) the positions that are trained on: each node's last token, or all of its tokens
+    targets: np.ndarray  # (m,) float32
+    weights: np.ndarray  # (m,) float32, 1 for each node in all
+    response: int  # where the prompt ends
 
     @property
     def is_path(self) -> bool:
@@ -274,8 +278,8 @@ class Layout:
         return bool((self.ends == len(self.tokens)).all())
 
 
-def lay_out(example: Example, nodes: Sequence[int]) -> Layout:
-    """The row that reads `nodes` and their ancestors once each."""
+def lay_out(example: Example, nodes: Sequence[int], dense: bool = False) -> Layout:
+    """The row that reads `nodes` and their ancestors once each; `dense` puts a node's target at each of its tokens."""
     parent, tokens = example.tree.parent, example.tree.tokens
     needed = set()
     for node in nodes:
@@ -293,12 +297,19 @@ def lay_out(example: Example, nodes: Sequence[int]) -> Layout:
         above = int(parent[node])
         end[above] = max(end[above], end[node])
     paths = example.path_lengths
+    nodes = np.asarray(nodes, np.int64)
+    sizes = np.array([len(tokens[n]) if dense else 1 for n in nodes], np.int64)
+    places = np.concatenate(
+        [np.arange(stop[int(n)] - size, stop[int(n)]) for n, size in zip(nodes, sizes, strict=True)]
+    )
     return Layout(
         tokens=np.concatenate([tokens[n] for n in order]).astype(np.int64),
         positions=np.concatenate([np.arange(paths[n] - len(tokens[n]), paths[n]) for n in order]),
         ends=np.concatenate([np.full(len(tokens[n]), end[n]) for n in order]),
-        last=np.array([stop[int(n)] - 1 for n in nodes], np.int64),
-        targets=example.targets[np.asarray(nodes)].astype(np.float32),
+        places=places,
+        targets=np.repeat(example.targets[nodes], sizes).astype(np.float32),
+        weights=np.repeat(1 / sizes, sizes).astype(np.float32),
+        response=len(tokens[0]),
     )
 
 
@@ -307,9 +318,12 @@ class Batch:
     """Layouts padded on the right to one length, on the device."""
 
     inputs: dict[str, torch.Tensor]  # what the backbone reads
-    rows: torch.Tensor  # (n,) the nodes' rows
-    last: torch.Tensor  # (n,) the nodes' last positions
-    targets: torch.Tensor  # (n,) float32
+    rows: torch.Tensor  # (m,) the rows of what is trained on
+    places: torch.Tensor  # (m,) and its positions there
+    targets: torch.Tensor  # (m,) float32
+    weights: torch.Tensor  # (m,) float32
+    ends: torch.Tensor  # (B, L), see `Layout`
+    response: torch.Tensor  # (B,)
 
 
 def collate(layouts: Sequence[Layout], device=None) -> Batch:
@@ -329,40 +343,72 @@ def collate(layouts: Sequence[Layout], device=None) -> Batch:
         real = [np.arange(length) < len(x.tokens) for x in layouts]
         inputs["attention_mask"] = put(np.stack(real).astype(np.int64))
     else:
-        end, i = put(ends), torch.arange(length, device=device)
-        visible = (i[None, :] <= i[:, None]) & (i[:, None] < end[:, None, :])  # (B, L, L) query, key
+        i = torch.arange(length, device=device)
+        visible = (i[None, :] <= i[:, None]) & (i[:, None] < put(ends)[:, None, :])  # (B, L, L) query, key
         mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min)
         inputs |= {"attention_mask": mask[:, None], "position_ids": put(positions)}  # (B, 1, L, L), (B, L)
     return Batch(
         inputs,
-        rows=put(np.repeat(np.arange(size), [len(x.last) for x in layouts])),
-        last=put(np.concatenate([x.last for x in layouts])),
+        rows=put(np.repeat(np.arange(size), [len(x.places) for x in layouts])),
+        places=put(np.concatenate([x.places for x in layouts])),
         targets=put(np.concatenate([x.targets for x in layouts])),
+        weights=put(np.concatenate([x.weights for x in layouts])),
+        ends=put(ends),
+        response=put(np.array([x.response for x in layouts])),
     )
 
 
 def _head_and_states(model, batch: Batch):
-    """The sequence-classification model under any adapter, and (n, H) hidden states at the nodes' last tokens."""
+    """The sequence-classification model under any adapter, and its hidden states (B, L, H)."""
     head = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = getattr(head, head.base_model_prefix)
     dtype = next(backbone.parameters()).dtype
     inputs = dict(batch.inputs)
     if inputs["attention_mask"].dim() == 4 and dtype != torch.float32:
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype).clamp_(min=torch.finfo(dtype).min)
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state[batch.rows, batch.last]
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return head, hidden.to(head.score.weight.dtype)
 
 
+def pools_mean(model) -> bool:
+    """Whether a value model's value is the mean of its head over the response, not the head at the last token."""
+    return getattr(model.config, VALUE_POOLING, "last") == "mean"
+
+
+def _response_mean(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """(m, L) weights of the mean over the response's tokens, from its first to each place."""
+    j = torch.arange(batch.ends.shape[1], device=batch.ends.device)
+    place = batch.places[:, None]
+    own = (j <= place) & (place < batch.ends[batch.rows]) & (j >= batch.response[batch.rows, None])
+    return own.to(dtype) / own.sum(-1, keepdim=True).clamp(min=1)
+
+
 def node_values(model, batch: Batch) -> torch.Tensor:
-    """(n,) float32 values of a batch's nodes.
+    """(m,) float32 values at a batch's places.
 
     Args:
         model: a `...ForSequenceClassification` causal model with one label, bare or under a PEFT adapter. The head is
-            applied at the nodes' last tokens only, in its own precision.
+            applied in its own precision, at the places only or, for a model that pools, at every token.
     """
     head, hidden = _head_and_states(model, batch)
     with torch.autocast(hidden.device.type, enabled=False):
-        return head.score(hidden)[:, 0].float()
+        if not pools_mean(model):
+            return head.score(hidden[batch.rows, batch.places])[:, 0].float()
+        scores = head.score(hidden)[..., 0]  # (B, L)
+        return (_response_mean(batch, scores.dtype) * scores[batch.rows]).sum(-1).float()
+
+
+def node_states(model, batch: Batch) -> torch.Tensor:
+    """(m, H) what the head reads at a batch's places: the value is linear in it."""
+    _, hidden = _head_and_states(model, batch)
+    if not pools_mean(model):
+        return hidden[batch.rows, batch.places]
+    with torch.autocast(hidden.device.type, enabled=False):
+        weights, states = _response_mean(batch, hidden.dtype), hidden.new_zeros(len(batch.rows), hidden.shape[-1])
+        for row in range(len(hidden)):
+            mine = batch.rows == row
+            states[mine] = weights[mine] @ hidden[row]
+    return states
 
 
 def passes(layouts: Sequence[Layout], max_tokens: int = TOKENS_PER_PASS) -> list[list[int]]:
@@ -446,6 +492,8 @@ def add_gradients(
     units: Sequence[Unit],
     total: int,
     *,
+    dense: bool = False,
+    scale: float = 1.0,
     bf16: bool = False,
     device=None,
     max_tokens: int = TOKENS_PER_PASS,
@@ -454,19 +502,21 @@ def add_gradients(
 
     Args:
         total: nodes of the whole step, over all passes and processes: what the mean is taken over.
+        dense: train on every token of a node's segment, each with an equal part of the node's weight.
+        scale: the model's output is the value in this unit.
 
     Returns:
-        the units' part of the loss, a detached scalar on the device.
+        the units' part of the loss, a detached scalar on the device, in the unit of the targets squared.
     """
-    layouts = [lay_out(examples[i], nodes) for i, nodes in units]
+    layouts = [lay_out(examples[i], nodes, dense) for i, nodes in units]
     loss = torch.zeros((), device=device)
     for group in passes(layouts, max_tokens):
         batch = collate([layouts[i] for i in group], device)
         with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
             values = node_values(model, batch)
-        part = (values - batch.targets).square().sum() / total
+        part = (batch.weights * (values - batch.targets / scale).square()).sum() / total
         part.backward()
-        loss += part.detach()
+        loss += part.detach() * scale**2
     return loss
 
 
@@ -605,6 +655,11 @@ def save_adapter(model, folder: Path, metrics: dict) -> None:
 # --------------------------------------------------------------------------------------------------------- training
 
 
+def _head_weight(model) -> torch.Tensor:
+    """The scalar head's weight (1, H)."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).score.weight
+
+
 @torch.no_grad()
 def start_at_mean(
     model, examples: Sequence[Example], *, packing: str = "tree", device=None, max_trees: int = 8
@@ -616,14 +671,71 @@ def start_at_mean(
     """
     training, few = model.training, examples[:max_trees]
     model.eval()
-    states = []
-    for i, nodes in make_units(few, packing, max(len(x.nodes) for x in few)):
-        head, hidden = _head_and_states(model, collate([lay_out(few[i], nodes)], device))
-        states.append(hidden)
+    states = [
+        node_states(model, collate([lay_out(few[i], nodes)], device))
+        for i, nodes in make_units(few, packing, max(len(x.nodes) for x in few))
+    ]
     model.train(training)
     direction = torch.cat(states).mean(0)  # (H,)
     mean = float(np.concatenate([x.targets[x.nodes] for x in examples]).mean())
-    head.score.weight.copy_((mean * direction / direction.square().sum())[None])
+    _head_weight(model).copy_((mean * direction / direction.square().sum())[None])
+
+
+@torch.no_grad()
+def start_at_ridge(
+    model,
+    examples: Sequence[Example],
+    *,
+    bf16: bool = False,
+    device=None,
+    folds: int = 5,
+    max_tokens: int = TOKENS_PER_PASS,
+) -> float:
+    """Let a new model's head be the ridge regression of the targets on the untrained states.
+
+    The squared error is the training's, over nodes; the penalty is the one of `RIDGES` that predicts the differences
+    *within* a prompt best, over folds of whole trees, since only these steer.
+
+    Returns:
+        the penalty, as a share of the states' mean square.
+    """
+    training, size = model.training, _head_weight(model).shape[1]
+    model.eval()
+    gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)  # of the states: all, within a prompt
+    cross = torch.zeros(2, folds, size, dtype=torch.float64, device=device)  # with the targets
+    layouts = [lay_out(x, x.nodes) for x in examples]
+    bar = progress(total=len(layouts), desc="ridge", unit="tree")
+    for group in passes(layouts, max_tokens):
+        batch = collate([layouts[i] for i in group], device)
+        with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
+            states = node_states(model, batch).double()
+        for row, i in enumerate(group):
+            mine, fold = batch.rows == row, i % folds
+            x, y = states[mine], batch.targets[mine].double()
+            for kind in (0, 1):
+                if kind:
+                    x, y = x - x.mean(0), y - y.mean()
+                gram[kind, fold] += x.T @ x
+                cross[kind, fold] += y @ x
+        bar.update(len(group))
+    bar.close()
+    model.train(training)
+    unit = gram[0].sum(0).diagonal().mean()
+    error = torch.zeros(len(RIDGES), dtype=torch.float64, device=device)  # less the targets' own square
+    used = [f for f in range(folds) if gram[0, f].any()]
+
+    def solve(kept: list[int], ridge: float) -> torch.Tensor:
+        eye = torch.eye(size, dtype=torch.float64, device=device)
+        return torch.linalg.solve(gram[0, kept].sum(0) + ridge * unit * eye, cross[0, kept].sum(0))
+
+    for n, ridge in enumerate(RIDGES):
+        for f in used if len(used) > 1 else ():
+            w = solve([g for g in used if g != f], ridge)
+            error[n] += w @ gram[1, f] @ w - 2 * w @ cross[1, f]
+    best = RIDGES[int(error.argmin())] if len(used) > 1 else RIDGES[-1]
+    weight = _head_weight(model)
+    weight.copy_(solve(used, best)[None].to(weight.dtype))
+    return best
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -707,6 +819,8 @@ class Checkpoint:
         tensors = load_file(self.folder / state["state_file"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[name])
+            if name not in state["optimizer_steps"]:  # a checkpoint from before the first step
+                continue
             self.optimizer.state[parameter] = {"step": state["optimizer_steps"][name], "RMS": 0} | {
                 key.rsplit("//", 1)[1]: value.to(parameter.device)
                 for key, value in tensors.items()
@@ -785,7 +899,13 @@ def train(
     optimizer = make_optimizer(model, spec)
     checkpoint = Checkpoint(Path(folder), model, optimizer)
     parameters, mark = list(checkpoint.parameters.values()), fingerprint(training, validation)
-    state = checkpoint.load() or {"step": 0, "seconds": 0.0, "best_loss": None, "fingerprint": mark}
+    state = checkpoint.load()
+    every = np.concatenate([x.targets[x.nodes] for x in training])
+    scale = (float(every.std()) or 1.0) if spec.standardize else 1.0
+    if state is None:
+        state = {"step": 0, "seconds": 0.0, "best_loss": None, "fingerprint": mark}
+        with torch.no_grad():
+            _head_weight(model).div_(scale)
     if state["fingerprint"] != mark:
         raise DataError(f"the trees have changed since the training in {folder} began; --rerun starts it anew")
     if state["step"]:
@@ -798,12 +918,29 @@ def train(
     def evaluate() -> np.ndarray:
         values = predict(model, validation, packing=spec.packing, bf16=spec.bf16, device=device, rank=rank, world=world,
                          max_tokens=max_tokens)  # fmt: skip
-        return (accelerator.reduce(values, "sum") if world > 1 else values).cpu().numpy().astype(np.float64)
+        values = accelerator.reduce(values, "sum") if world > 1 else values
+        return values.cpu().numpy().astype(np.float64) * scale
+
+    def keep(done: int, val_loss: float, note: str = "") -> None:
+        """Write the checkpoint of a step, as the best one where it is."""
+        nonlocal state
+        best = state["best_loss"] is None or val_loss < state["best_loss"]
+        state |= {"step": done, "seconds": time.perf_counter() - begun}
+        if best:
+            state |= {"best_loss": val_loss, "best_step": done}
+        if rank == 0:
+            _write_log(log_file, rows)
+            state = checkpoint.save(state, best=best)
+        say(f"step {done}/{total}: {note}validation {val_loss:.4f}" + (" (best)" if best else ""))
 
     targets = np.concatenate([x.targets[x.nodes] for x in validation])
     begun, running, since = time.perf_counter() - state["seconds"], torch.zeros((), device=device), 0
     bar = progress(total=total, desc="value model", unit="step")
     bar.update(state["step"])
+    if state["best_loss"] is None and (
+        spec.head_start == "ridge" or not total
+    ):  # a start that may be the best there is
+        keep(0, float(np.square(evaluate() - targets).mean()))
     model.train()
     with torch.random.fork_rng(
         devices=[device] if device.type == "cuda" else []
@@ -813,8 +950,8 @@ def train(
             picked = [units[i] for i in plan[step]]
             nodes = sum(len(n) for _, n in picked)
             optimizer.zero_grad(set_to_none=True)
-            running += add_gradients(model, training, share(picked, rank, world), nodes, bf16=spec.bf16, device=device,
-                                     max_tokens=max_tokens)  # fmt: skip
+            running += add_gradients(model, training, share(picked, rank, world), nodes, dense=spec.targets == "dense",
+                                     scale=scale, bf16=spec.bf16, device=device, max_tokens=max_tokens)  # fmt: skip
             if world > 1:
                 _add_up(accelerator, parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -839,28 +976,24 @@ def train(
             rows.append(row)
             if done in evaluated:
                 val_loss = float(np.square(evaluate() - targets).mean())
-                best = state["best_loss"] is None or val_loss < state["best_loss"]
                 row |= {"val_loss": f"{val_loss:.6g}", "seconds": round(time.perf_counter() - begun, 2)}
-                state |= {"step": done, "seconds": time.perf_counter() - begun}
-                if best:
-                    state |= {"best_loss": val_loss, "best_step": done}
-                if rank == 0:
-                    _write_log(log_file, rows)
-                    state = checkpoint.save(state, best=best)
-                say(f"step {done}/{total}: train {loss:.4f}, validation {val_loss:.4f}" + (" (best)" if best else ""))
+                keep(done, val_loss, f"train {loss:.4f}, ")
             log(row)
     bar.close()
     if accelerator:
         accelerator.wait_for_everyone()
     state = json.loads((Path(folder) / STATE).read_text())  # what rank 0 wrote, for every process
     checkpoint.load_best(state)
+    with torch.no_grad():
+        _head_weight(model).mul_(scale)
+    scale = 1.0
     tokens = int(lengths.sum()) * spec.num_epochs
     final_epoch = [float(r["train_loss"]) for r in rows if float(r["epoch"]) > spec.num_epochs - 1]
     return {
         "num_trees": len(training), "num_nodes": sum(len(x.nodes) for x in training),
         "num_val_trees": len(validation), "num_val_nodes": len(targets),
         "num_steps": total, "best_step": state["best_step"], "warmup_steps": warmup,
-        "train_loss": float(np.mean(final_epoch)), "val_loss": state["best_loss"],
+        "train_loss": float(np.mean(final_epoch)) if final_epoch else math.nan, "val_loss": state["best_loss"],
         "validation": validation_report(validation, evaluate()),
         "packing": spec.packing, "bf16": spec.bf16, "tokens_read": tokens,
         "tokens_as_paths": int(sum(x.path_lengths[x.nodes].sum() for x in training)) * spec.num_epochs,
@@ -893,6 +1026,8 @@ def _milestones(training, validation, spec: TrainingSpec, epoch_tokens: int, tot
         cost = sum(int(x.path_lengths[x.nodes].sum()) for x in validation)
     else:
         cost = sum(unit_tokens(x, x.nodes) for x in validation)
+    if total == 0:
+        return set(), set()
     affordable = int(VALIDATION_SHARE * 3 * epoch_tokens / max(1, cost))
     count = min(total, spec.num_epochs * max(1, min(EVALUATIONS_PER_EPOCH, affordable)))
     evaluated = {round(total * (i + 1) / count) for i in range(count)}
