@@ -2,6 +2,7 @@
 """Label trees: score every leaf with the objectives' reward models and back the values up to every node.
 
     python label_tree.py DIR <objective|all> --dataset anthropic
+    python label_tree.py DIR <objective|all> --dataset anthropic --soft    # for soft values, iterations above 0
 
 Trees that have the values already are skipped, so that a killed run is completed by the same command.
 """
@@ -22,6 +23,18 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("objective", help="an objective of the data set, or all")
     parser.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
     parser.add_argument("--check_trees", action="store_true", help="only check that every tree is sound and labelled")
+    group = parser.add_argument_group(
+        "soft values: value - eta * expected log-ratio (train_value_model.py --KL_penalty)"
+    )
+    group.add_argument(
+        "--soft", action="store_true", help="write each node's expected log-ratio too (label_tree_soft.py)"
+    )
+    group.add_argument(
+        "--log_ratio",
+        choices=("future", "whole"),
+        default="future",
+        help="from the node on, as a soft value is defined, or the whole sequence's, as published (default: future)",
+    )
     parser.add_argument("--relabel", action="store_true", help="score again what has values already")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per reward model's batch (default: 32)")
     parser.add_argument("--bf16", action=BooleanOptionalAction, default=False, help="run the reward models in bfloat16")
@@ -49,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.check_trees:
         return _check(args.data_dir, objectives, read_trees)
 
-    from utils.labelling import label_trees, variance_within
+    from utils.labelling import label_softly, label_trees, variance_within
     from utils.models import load_tokenizer, pick_device
     from utils.rewards import RewardSet
 
@@ -58,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     tokenizer = load_tokenizer(config.sft_path(dataset))
     labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
+    if args.soft:
+        _report_soft(label_softly(args.data_dir, args.log_ratio), args.log_ratio)
     trees = list(read_trees(args.data_dir))
     print(
         f"{labelled} trees labelled, {len(trees) - labelled} had their values; "
@@ -70,6 +85,17 @@ def main(argv: list[str] | None = None) -> int:
             f"share of the variance within a prompt {within:.2f}"
         )
     return 0
+
+
+def _report_soft(expected, mode: str) -> None:
+    """What soft values pay for, at the roots and over all other nodes."""
+    import numpy as np
+
+    below = np.concatenate([e[1:] for e in expected])
+    print(
+        f"expected log-ratio ({mode}): {np.mean([e[0] for e in expected]):.3f} nats at the roots, "
+        f"{below.mean():.3f} (standard deviation {below.std():.3f}) below them"
+    )
 
 
 def _check(data_dir: Path, objectives, read_trees) -> int:

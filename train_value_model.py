@@ -38,14 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("targets")
     group.add_argument("--KL_penalty", type=float, default=0.0,
                        help="eta of the soft values: reward per nat of log-ratio (default: 0)")  # fmt: skip
-    group.add_argument("--log_ratio", choices=("future", "whole"), default="future",
+    group.add_argument("--log_ratio", choices=("future", "whole"),
                        help="what a soft value pays for: the log-ratio from the node on, or the whole sequence's, as "
-                       "published (default: future)")  # fmt: skip
+                       "published (default: what label_tree.py --soft wrote, else future)")  # fmt: skip
     group.add_argument("--deepest_fraction", type=float, help="share of each tree's deepest nodes to train on")
     group = parser.add_argument_group("training (defaults: the configuration's)")
     group.add_argument("--num_epochs", type=int, help="passes over the training nodes; 0: the ridge start alone")
     group.add_argument("--head_start", choices=("mean", "ridge"),
-                       help="a new head: predicts the targets' mean, or is their ridge regression on the states")  # fmt: skip
+                       help="a new head predicts the targets' mean, or is a ridge regression on states")  # fmt: skip
     group.add_argument("--targets", choices=("ends", "dense"),
                        help="a node's target at its last token (published), or at each of its tokens")  # fmt: skip
     group.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=None,

@@ -21,7 +21,7 @@ for objective in $OBJECTIVES; do
   TREES=$WORKSPACE/tree_data/$DATASET/iter_$ITER/$objective
   TRAINING=$WORKSPACE/data_for_training/$DATASET/iter_$ITER/$objective
   stage "trees $objective" python get_data_iter.py 0 "$NUM" "$objective" --value_model_iter $((ITER - 1)) --beta "$BETA" "${DATA[@]}"
-  stage "labels $objective" python label_tree.py "$TREES" "$objective" "${DATA[@]}"
+  stage "labels $objective" python label_tree.py "$TREES" "$objective" --soft "${DATA[@]}"
   stage "split $objective" python split_data.py "$TREES" ${NUM_VAL:+--num_val "$NUM_VAL"} --output_dir "$TRAINING" "${DATA[@]}"
   stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" \
     --init_checkpoint "$WORKSPACE/value_models/iter_$((ITER - 1))/$objective" --no_warmup --KL_penalty "$ETA" "${DATA[@]}"

@@ -144,6 +144,7 @@ def test_the_published_commands_parse():
         get_data_base.py 0 100 --dataset anthropic --data_split train --device cuda:0 --temperature 1.0 --topk 15
             --output_dir x --seed_increment 7 --root_children 4 --non_root_children 2 --num_layers 5 --batch_size 8
         label_tree.py x all --dataset anthropic --check_trees
+        label_tree_soft.py x help --dataset anthropic
         train_value_model.py --dataset anthropic --objective help --data_dir x --init_checkpoint y --output_dir z
             --num_epochs 1 --batch_size 16 --lr 2e-5 --weight_decay 2e-3 --KL_penalty 0.1 --no_warmup
         mavis.py --dataset anthropic --obj_weights 0.2,,0.8 --value_model_dir v --value_model_iter 1,,0

@@ -66,9 +66,8 @@ def test_values_that_are_means_over_the_response_equal_brute_force(name, shared)
     for prompt, key, completion in zip(prompts, keys, completions, strict=True):
         end = completion.token_ids[-1] if completion.finished else None
         settings = dict(beta=3.0, k=6, temperature=1.0, normalization="none", max_new_tokens=9, eos=end)
-        assert_same(
-            completion, brute_force.decode(reference, list(values.values()), list(weights.values()), prompt, key, **settings)
-        )  # fmt: skip
+        models, w = list(values.values()), list(weights.values())
+        assert_same(completion, brute_force.decode(reference, models, w, prompt, key, **settings))
     assert len({len(c.token_ids) for c in completions}) > 1
 
 

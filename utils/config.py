@@ -368,7 +368,10 @@ LEAST = {
         "num_val_prompts", "max_rows", "top_k", "num_trials",
     )
 } | {
-    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "num_epochs")
+    name: 0
+    for name in (
+        "dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "num_epochs",
+    )
 }  # fmt: skip
 ABOVE_ZERO = ("lr", "temperature")
 TEMPLATE_FIELDS = {

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.trees import Tree, check_tree
+from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
 FORMAT = 1
@@ -88,6 +88,9 @@ def write_structure(path: Path, tree: Tree) -> None:
         "finished": None if tree.finished is None else tree.finished.tolist(),
         "values": {name: values.tolist() for name, values in sorted(tree.values.items())},
     }
+    if tree.soft:
+        expected = expected_log_ratio(tree.parent, tree.log_ratio, tree.soft)
+        record["expected_log_ratio"] = {"mode": tree.soft, "nodes": expected.tolist()}
     write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -211,8 +214,13 @@ def read_tree(data_dir: str | Path, prompt_index: int) -> Tree:
             prompt=str(record["prompt"]),
             prompt_index=prompt_index,
             finished=None if finished is None else np.array(finished, bool),
+            soft=record["expected_log_ratio"]["mode"] if "expected_log_ratio" in record else None,
         )
         check_tree(tree)
+        if tree.soft:
+            expected = expected_log_ratio(tree.parent, tree.log_ratio, tree.soft)
+            if not np.allclose(expected, record["expected_log_ratio"]["nodes"], atol=1e-9):
+                raise ValueError("the expected log-ratios are not those of the nodes' log-ratios")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from utils import cli
 from utils.hdf5_utils import read_tree, tree_indices, tree_path, write_structure
 from utils.rewards import RewardSet
-from utils.trees import Tree
+from utils.trees import Tree, expected_log_ratio
 
 CHUNK = 32  # trees whose leaves are scored together
 
@@ -46,6 +47,17 @@ def label_trees(
         bar.update(len(trees))
         yield from todo
     bar.close()
+
+
+def label_softly(data_dir: Path, mode: str) -> list[np.ndarray]:
+    """Write every tree's expected log-ratios (see `expected_log_ratio`) and return them, a tree each."""
+    found = []
+    for index in tree_indices(data_dir):
+        tree = read_tree(data_dir, index)
+        if tree.soft != mode:
+            write_structure(tree_path(data_dir, index), replace(tree, soft=mode))
+        found.append(expected_log_ratio(tree.parent, tree.log_ratio, mode))
+    return found
 
 
 def variance_within(trees: Sequence[Tree], objective: str) -> tuple[float, float]:

@@ -21,6 +21,7 @@ class Tree:
         log_ratio: (N,) float64, the sum over a segment's steps of log(p_policy / p_reference); 0 for the root.
         values: {objective: (N,) float64}, empty until labelled.
         finished: (N,) bool, whether the segment ended with the end-of-sequence token.
+        soft: the mode of `expected_log_ratio` that the tree is labelled with, or None.
     """
 
     parent: np.ndarray
@@ -30,6 +31,7 @@ class Tree:
     prompt: str = ""
     prompt_index: int = -1
     finished: np.ndarray | None = None
+    soft: str | None = None
 
     def __len__(self) -> int:
         return len(self.parent)

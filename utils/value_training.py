@@ -129,12 +129,12 @@ def fit_report(targets, predictions, groups, noise=None) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- which nodes, what targets
 
 
-def node_targets(tree: Tree, objective: str, kl_penalty: float = 0.0, log_ratio: str = "future") -> np.ndarray:
-    """(N,) soft values (paper eq. 8): value - kl_penalty * expected log-ratio."""
+def node_targets(tree: Tree, objective: str, kl_penalty: float = 0.0, log_ratio: str | None = None) -> np.ndarray:
+    """(N,) soft values (paper eq. 8): value - kl_penalty * expected log-ratio, of the label's mode or the future's."""
     values = np.asarray(tree.values[objective], np.float64)
     if kl_penalty == 0:
         return values
-    return values - kl_penalty * expected_log_ratio(tree.parent, tree.log_ratio, log_ratio)
+    return values - kl_penalty * expected_log_ratio(tree.parent, tree.log_ratio, log_ratio or tree.soft or "future")
 
 
 def _readable(tree: Tree) -> np.ndarray:
@@ -205,17 +205,24 @@ def make_examples(
     choose: Callable[[Tree], np.ndarray],
     *,
     kl_penalty: float = 0.0,
-    log_ratio: str = "future",
+    log_ratio: str | None = None,
     vocab_size: int | None = None,
     data_dir: str | Path = "",
 ) -> list[Example]:
     """Trees to examples; `choose` says which nodes (see `training_nodes`). Trees without any are left out.
 
     Raises:
-        DataError: a tree has no values of the objective, a value that is not finite, or tokens beyond `vocab_size`.
+        DataError: a tree has no values of the objective, a value that is not finite, or tokens beyond `vocab_size`;
+            soft values of trees that are labelled with different log-ratios.
     """
-    examples = []
+    examples, modes = [], set()
     for tree in trees:
+        modes.add(tree.soft)
+        if kl_penalty and log_ratio is None and len(modes) > 1:
+            raise DataError(
+                f"the trees in {data_dir} are labelled with different log-ratios; say which with --log_ratio, or label "
+                f"them again: python label_tree.py {data_dir} {objective} --soft"
+            )
         name = f"the tree of prompt {tree.prompt_index}" + (f" in {data_dir}" if str(data_dir) else "")
         if objective not in tree.values:
             found = ", ".join(sorted(tree.values)) or "none"
