@@ -363,16 +363,14 @@ def load_config(path: str | os.PathLike | None = None, workspace: str | os.PathL
 LEAST = {
     name: 1
     for name in (
-        "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "batch_size",
+        "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "num_epochs", "batch_size",
         "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
         "num_val_prompts", "max_rows", "top_k", "num_trials",
     )
 } | {
-    name: 0
-    for name in (
-        "dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "num_epochs",
-    )
+    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")
 }  # fmt: skip
+MAY_BE_ZERO = r"datasets\.\w+\.training\.num_epochs"  # a value model may keep the head that it starts with
 ABOVE_ZERO = ("lr", "temperature")
 TEMPLATE_FIELDS = {
     "reference_template": ("prompt", "user"),
@@ -395,8 +393,11 @@ def _check_numbers(value, where: str, file: Path) -> None:
         place = f"{where}.{key}" if where else str(key)
         if isinstance(child, (dict, list)):
             _check_numbers(child, place, file)
-        elif isinstance(child, (int, float)) and not isinstance(child, bool) and number_problem(str(key), child):
-            raise ConfigError(f"{file}: {place} {number_problem(str(key), child)}")
+        elif isinstance(child, (int, float)) and not isinstance(child, bool):
+            if child == 0 and re.fullmatch(MAY_BE_ZERO, place):
+                continue
+            if problem := number_problem(str(key), child):
+                raise ConfigError(f"{file}: {place} {problem}")
 
 
 def _check(config: Config) -> None:
