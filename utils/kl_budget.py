@@ -106,7 +106,7 @@ def search_beta(
         if met(middle):
             return result(middle)
         low, high = (middle, high) if middle.kl < budget else (low, middle)
-    return result(min(tried, key=lambda m: abs(m.kl - budget)))
+    return result(min(reversed(tried), key=lambda m: abs(m.kl - budget)))  # of equals the last, next to the crossing
 
 
 class Measurements:

@@ -43,7 +43,7 @@ from utils.runs import (
 )
 
 SAMPLES_SHOWN = 3
-ALWAYS_NAMED = ("beta", "num_samples")  # settings that a series' name says even where all runs share them
+ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all runs share them
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -104,9 +104,13 @@ class RunRecord:
     @property
     def settings(self) -> dict:
         """What tells this run's series from others: everything that determines the result but the weights."""
-        indices = self.arguments["indices"]
+        indices, series = self.arguments["indices"], self.arguments["series"]
+        if "kl_search" in self.arguments:  # each point of such a front has a beta of its own
+            series = {"kl_budget": self.arguments["kl_search"]["budget"]} | {
+                k: series[k] for k in series if k != "beta"
+            }
         return {
-            **self.arguments["series"],
+            **series,
             **{k: v for k, v in self.arguments["arguments"].items() if k != "track_KL"},
             "num_trials": self.arguments["num_trials"],
             "prompts": f"{min(indices)}-{max(indices)}",
@@ -259,7 +263,9 @@ def sections_of(runs: Sequence[RunRecord], objectives: Sequence[str] | None = No
 def unequal_settings(section: Section) -> list[str]:
     """What makes the runs of a section hard to compare: settings of decoding and prompts that differ."""
     notes = []
-    for key in ("data_split", "seed", "topk", "temperature", "max_new_tokens", "num_trials", "prompts"):
+    for key in (
+        "data_split", "seed", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"
+    ):  # fmt: skip
         values = {str(r.settings.get(key)) for r in section.runs}
         if len(values) > 1:
             notes.append(f"the runs differ in {key}: {', '.join(sorted(values))}")

@@ -496,10 +496,10 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
         sign = "<= " if kl_added else ""
         lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}")
     if search := arguments.get("kl_search"):
-        how = "" if search["met"] else "the nearest "
+        which = "one" if search["met"] else "the nearest one"
         lines.append(
-            f"{'KL budget':<24}{search['budget']:g} nats; {how}of {search['tried']} betas has {number(search['kl'])}, "
-            f"s.e. {number(search['error'])}, on one answer per prompt"
+            f"{'KL budget':<24}{search['budget']:g} nats; this beta, {which} of {search['tried']} that were tried, has "
+            f"{number(search['kl'])} (s.e. {number(search['error'])}) on one answer per prompt"
         )
     lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
     lines.append(f"{'tokens per second':<24}{figures['tokens_per_second'].mean:.1f}")
