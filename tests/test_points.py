@@ -451,3 +451,68 @@ def test_the_budget_of_a_complete_run_is_noted_in_it(script):
     assert read_arguments(folder)["kl_search"]["beta"] == 1.0 and (folder / "kl_search.csv").exists()
     assert "KL budget" in (folder / "summary.txt").read_text()
     yaml.safe_load((folder / "args.yaml").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------- shell scripts
+
+FRONTS = {
+    "anthropic/get_pareto_front_help_harm.sh": ("anthropic", "help,harm"),
+    "anthropic/get_pareto_front_help_humor.sh": ("anthropic", "help,humor"),
+    "anthropic/get_pareto_front_harm_humor.sh": ("anthropic", "harm,humor"),
+    "summary/get_pareto_front_summarization_faithfulness.sh": ("summary", "summarization,faithful"),
+}
+RECORDER = """#!/usr/bin/env bash
+if [ "$1" = - ]; then exec "$REAL_PYTHON" "$@"; fi
+echo "$*" >> "$RECORD"
+case "$*" in *"$FAILS"*) exit 3;; esac
+"""
+
+
+def stages(tmp_path, script, *argv, fails="nothing"):
+    """(exit status, the stages' commands) of a shell script, in an environment whose python writes down what it is."""
+    import os
+    import subprocess
+    import sys
+
+    from utils.config import REPOSITORY
+
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(RECORDER)
+    python.chmod(0o755)
+    wanted = subprocess.run("cksum < requirements.txt", shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    (tmp_path / "venv" / ".requirements").write_text(wanted.stdout)
+    environment = {
+        "MAVIS_VENV": str(tmp_path / "venv"), "REAL_PYTHON": sys.executable, "RECORD": str(tmp_path / "record"),
+        "FAILS": fails,
+    }  # fmt: skip
+    command = ["bash", str(REPOSITORY / "scripts" / script), *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    record = tmp_path / "record"
+    return done.returncode, record.read_text().splitlines() if record.exists() else [], done.stderr
+
+
+@pytest.mark.parametrize("script_name", FRONTS)
+def test_a_front_script_runs_the_front_the_reference_and_the_report(tmp_path, script_name):
+    dataset, pair = FRONTS[script_name]
+    more = f"--config tiny --workspace {tmp_path}/ws --num_prompts 3"
+    code, commands, _ = stages(tmp_path, script_name, "1,1,0", "4", *more.split())
+    assert code == 0
+    data, logs = f"--dataset {dataset} {more}", f"{tmp_path}/ws"
+    assert commands == [
+        f"mavis.py --front {pair} --points 6 --value_model_iter 1,1,0 --beta 4 {data}",
+        f"baseline_eval.py {data}",
+        f"pareto_report.py {logs}/mavis_logs/{dataset} {logs}/baseline_logs/{dataset} --objectives {pair} "
+        f"--output_dir {logs}/report/{dataset}_{pair.replace(',', '_')}",
+    ]
+    for command in commands:
+        name, *argv = command.split()
+        importlib.import_module(name.removesuffix(".py")).build_parser().parse_args(argv)
+
+
+def test_a_front_script_stops_at_the_first_failure_and_says_its_usage(tmp_path):
+    script_name = "anthropic/get_pareto_front_help_harm.sh"
+    code, commands, _ = stages(tmp_path, script_name, "0", "4", "--config", "tiny", fails="mavis.py")
+    assert code == 3 and len(commands) == 1
+    code, commands, error = stages(tmp_path / "again", script_name, "0")
+    assert code == 2 and not commands and "ITERS BETA" in error
