@@ -462,10 +462,16 @@ def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], 
             search = meet_budget(settings, method_of, prompts, models)
             settings = replace(settings, beta=search.found.beta)
         run = evaluate_point(settings, method_of(settings), prompts, models, search)
-        ended.append((read_arguments(run.folder), summarize(run.samples)))
-        if len(points) > 1:
-            print()
-    print(format_summary(*ended[0]) if len(points) == 1 else points_table(ended), end="")
+        arguments, figures = read_arguments(run.folder), summarize(run.samples)
+        ended.append(point_cells(arguments, figures))
+        if len(points) == 1:
+            print(format_summary(arguments, figures), end="")
+        else:
+            print(
+                ", ".join(f"{k} {v}" for k, v in ended[-1].items() if k not in ("weights", "beta")) + "\n", flush=True
+            )
+    if len(points) > 1:
+        print(points_table(ended), end="")
     return 0
 
 
@@ -567,8 +573,8 @@ def describe(settings: Settings) -> str:
     return ", ".join([describe_weights(settings.weights) or "no weights", *strength])
 
 
-def points_table(ended: Sequence[tuple[dict, dict[str, Statistic]]]) -> str:
-    """One line per run: its weights and beta, its mean rewards and KL with their standard errors over prompts."""
+def point_cells(arguments: Mapping, figures: Mapping[str, Statistic]) -> dict[str, str]:
+    """A run's weights and beta, its mean rewards and its KL with their standard errors over prompts; "-" for none."""
 
     def cell(figure: Statistic | None, added: float = 0.0) -> str:
         if figure is None or math.isnan(figure.mean):
@@ -576,18 +582,20 @@ def points_table(ended: Sequence[tuple[dict, dict[str, Statistic]]]) -> str:
         error = "" if math.isnan(figure.error) else f" ({figure.error:.4f})"
         return f"{'<= ' if added else ''}{figure.mean + added:.4f}{error}"
 
-    rewards = list(
-        dict.fromkeys(n for a, _ in ended for n in a["configuration"]["datasets"][a["dataset"]]["objectives"])
-    )
-    header = ["weights", "beta", *rewards, "KL"]
-    rows = []
-    for arguments, figures in ended:
-        beta = arguments["series"].get("beta")
-        weights = describe_weights(arguments["weights"]) or "none"
-        row = [weights, "-" if beta is None else f"{beta:g}", *(cell(figures.get(name)) for name in rewards)]
-        rows.append([*row, cell(figures.get("log_ratio"), arguments["kl_added"])])
-    kept = [i for i, name in enumerate(header) if name not in ("beta", "KL") or any(row[i] != "-" for row in rows)]
-    lines = aligned([[row[i] for i in kept] for row in [header, *rows]])
+    beta = arguments["series"].get("beta")
+    rewards = arguments["configuration"]["datasets"][arguments["dataset"]]["objectives"]
+    return {
+        "weights": describe_weights(arguments["weights"]) or "none",
+        "beta": "-" if beta is None else f"{beta:g}",
+        **{name: cell(figures[name]) for name in rewards},
+        "KL": cell(figures.get("log_ratio"), arguments["kl_added"]),
+    }
+
+
+def points_table(points: Sequence[Mapping[str, str]]) -> str:
+    """One line per point, from its `point_cells`; a column that nothing fills is left out."""
+    columns = [name for name in points[0] if any(point[name] != "-" for point in points)]
+    lines = aligned([columns, *([point[name] for name in columns] for point in points)])
     return "\n".join(["means (and their standard errors over prompts)", *lines]) + "\n"
 
 
