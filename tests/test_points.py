@@ -334,12 +334,18 @@ def test_a_switch_reaches_the_policy_and_makes_another_run(script, monkeypatch):
     assert [s["tokens"] for s in samples] == [len(c.token_ids) for c in expected]
 
 
-def test_beam_search_and_baselines_take_the_switches(script):
+def test_beam_search_and_baselines_take_the_switches(script, monkeypatch):
+    import utils.decoding
+
+    seen, search = [], utils.decoding.beam_search
+    spy = lambda policy, *a, **kw: seen.append((policy.clip, kw["suppress_first_eos"])) or search(policy, *a, **kw)  # noqa: E731
+    monkeypatch.setattr(utils.decoding, "beam_search", spy)
     save_tables(script)
     switches = ("--preset", "v3", "--topk", 6, "--num_trials", 1)
     script("mavis_bs", "--obj_weights", "1", "--beta", 2, "--Q", 2, *switches)
     script("baseline_eval", *switches)
     script("baseline_eval", "--token_table", "--beta", 2, "--obj_weights", "1", *switches)
+    assert set(seen) == {(None, True)}
     arguments = {read_arguments(f)["method"]: read_arguments(f) for f in run_folders(script)}
     assert set(arguments) == {"mavis_bs", "reference", "token_table"}
     for method, of_method in arguments.items():
