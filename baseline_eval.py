@@ -157,6 +157,7 @@ def method_of(settings: Settings, args: Namespace) -> Method:
         series=series if n == 1 else {"num_samples": n} | series,
         checkpoints=baseline.checkpoints(settings, args),
         num_samples=n,
+        shares_candidates=name == "reference" and n > 1,
         kl_added=math.log(n) - (n - 1) / n,  # the most that choosing one of N adds to the KL
     )
 

@@ -144,6 +144,44 @@ def test_every_script_takes_several_points(script, loads):
     assert all((f / "summary.txt").exists() for f in run_folders(script))
 
 
+def test_best_of_n_draws_its_samples_once_for_all_weights(script, monkeypatch):
+    """Against a command for each weight: the same answers from fewer completions, with what making them took."""
+    import utils.decoding
+
+    drawn, decode = [], utils.decoding.decode
+    monkeypatch.setattr(utils.decoding, "decode", lambda *a, **kw: drawn.append(len(a[1])) or decode(*a, **kw))
+    command = ("baseline_eval", "--num_samples", 3)
+    weights = ("1", "0.5,0.5", ",,1")
+    script(*command, *(part for w in weights for part in ("--obj_weights", w)))
+    assert sum(drawn) == 4 * 2 * 3
+    together = {read_arguments(f)["identity"]: f for f in run_folders(script)}
+    seconds = [[s["seconds"] for s in read_samples(f)] for f in together.values()]
+    assert len(together) == 3 and seconds[0] == seconds[1] == seconds[2] and min(seconds[0]) > 0
+    chosen = {tuple(s["response"] for s in read_samples(f)) for f in together.values()}
+    assert len(chosen) == 3, "each weight ranks otherwise"
+    for w in weights:
+        script(*command, "--obj_weights", w, "--rerun")
+    assert sum(drawn) == 4 * 4 * 2 * 3
+    for folder in set(run_folders(script)) - set(together.values()):
+        assert answers(folder) == answers(together[read_arguments(folder)["identity"]])
+
+
+def test_best_of_n_draws_what_a_killed_point_lacks(script, monkeypatch):
+    import utils.decoding
+
+    command = ("baseline_eval", "--num_samples", 3, "--obj_weights", "1", "--obj_weights", ",,1")
+    script(*command)
+    killed = by_point(script)[(("length", 1.0),), None]
+    before = answers(killed)
+    lines = (killed / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (killed / "samples.jsonl").write_bytes(b"".join(lines[:5]))
+    (killed / "summary.txt").unlink()
+    drawn, decode = [], utils.decoding.decode
+    monkeypatch.setattr(utils.decoding, "decode", lambda *a, **kw: drawn.append(len(a[1])) or decode(*a, **kw))
+    script(*command)
+    assert sum(drawn) == 3 * 3 and answers(killed) == before
+
+
 def test_a_text_is_answered_at_each_point(script, loads, capsys):
     argv = ("--obj_weights", "1", "--obj_weights", "0,1", "--beta", 1, 6)
     texts = ("--prompt", "w1 w2", "--prompt", "w7")

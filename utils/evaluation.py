@@ -121,6 +121,7 @@ class Method:
         own_model: the policy is no tilted reference, so answers are read once more by the reference for the log-ratio;
             its models are loaded when the point's turn comes.
         num_samples: candidates per answer (best of N).
+        shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
         kl_added: see RunSpec.
     """
 
@@ -132,6 +133,7 @@ class Method:
     generator: Callable[[Settings, Any, int], Generate] | None = None
     num_samples: int = 1
     own_model: bool = False
+    shares_candidates: bool = False
     kl_added: float = 0.0
 
 
@@ -167,6 +169,30 @@ def sampler(
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
     return generate
+
+
+class Remembered:
+    """A `Generate` that makes each answer's candidates once, by its key: for points that only rank them otherwise."""
+
+    def __init__(self, generate: Generate):
+        self._generate = generate
+        self._made: dict[tuple[int, ...], tuple[list[Any], float]] = {}
+
+    def __call__(self, prompts, keys, on_completion=None):
+        if on_completion is not None:
+            for candidate in (c for key in keys if key in self._made for c in self._made[key][0]):
+                on_completion(len(candidate.token_ids))
+        new = [(prompt, key) for prompt, key in zip(prompts, keys, strict=True) if key not in self._made]
+        if new:
+            began = time.perf_counter()
+            candidates = self._generate([p for p, _ in new], [k for _, k in new], on_completion)
+            share = (time.perf_counter() - began) / len(new)
+            self._made |= {key: (made, share) for (_, key), made in zip(new, candidates, strict=True)}
+        return [self._made[key][0] for key in keys]
+
+    def seconds(self, keys: Sequence[tuple[int, ...]]) -> float:
+        """What making these answers' candidates took, when it was done."""
+        return sum(self._made[key][1] for key in keys)
 
 
 def evaluate(
@@ -215,8 +241,10 @@ def evaluate(
     for start in range(0, len(todo), chunk):
         part = todo[start : start + chunk]
         began = time.perf_counter()
-        candidates = generate([tokens[i] for i, _ in part], [(seed, i, t) for i, t in part], tick)
-        seconds = time.perf_counter() - began  # decoding alone, shared by the answers that were decoded together
+        keys = [(seed, i, t) for i, t in part]
+        candidates = generate([tokens[i] for i, _ in part], keys, tick)
+        # Decoding alone, shared by the answers that were decoded together.
+        seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
         share = seconds / len(part)
         run.append(pick(part, candidates, prompts, to_text, score, weights, share, track_kl, extra or {}))
     bar.close()
@@ -421,6 +449,8 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
             suppress_first_eos=settings.suppress_first_eos,
             reference=models.reference if method.own_model and settings.track_kl else None,
         )
+    if method.shares_candidates:
+        generate = models.once("candidates", lambda own=generate: Remembered(own))
     return Loaded(encode, generate, lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(), models.score)
 
 
