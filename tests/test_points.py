@@ -116,6 +116,21 @@ def test_what_a_later_point_cannot_use_is_said_before_the_first_is_decoded(scrip
     assert "iter_0/length" in capsys.readouterr().err and run_folders(script) == []
 
 
+def test_value_models_of_several_points_are_loaded_once_and_share_an_untrained_backbone(toy, loads):
+    import torch
+
+    from utils.config import load_config
+
+    config, cpu = load_config(toy / "toy.yaml", toy / "workspace"), torch.device("cpu")
+    _, tokenizer = utils.models.load_reference(config, config.dataset("toy"), cpu)
+    kept, models = {}, {}
+    for names in (("low",), ("low", "even"), ("even",)):
+        iterations = dict.fromkeys(names, 0)
+        models |= utils.models.load_value_models(config, None, iterations, tokenizer, 43, cpu, loaded=kept)
+    assert loads == ["reference", "low", "even"]
+    assert models["low"].model is models["even"].model and models["low"].score is not models["even"].score
+
+
 def test_the_table_has_a_line_per_point(script, capsys):
     script("mavis", "--front", "low,even", "--points", 2, "--beta", 0.5, 2, "--num_trials", 1)
     header, *lines = capsys.readouterr().out.partition("over prompts)\n")[2].splitlines()

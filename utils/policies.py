@@ -284,8 +284,8 @@ class _Policy:
     ) -> list[Snapshot]:
         """Read prompts (lists of token ids) in one batch; their states, to be loaded into rows as often as wanted.
 
-        `response_starts` says where in each the response begins; without it, they are prompts to their ends. `forbidden`
-        are ids of tokens that are no candidates for the next token (the ones after it may be them).
+        `response_starts` says where in each the response begins; without it, they are prompts to their ends.
+        `forbidden` are ids of tokens that are no candidates for the next token (the ones after it may be them).
         """
         n, longest = len(prompts), max(map(len, prompts))
         tokens = torch.zeros(n, longest, dtype=torch.int64)

@@ -51,15 +51,15 @@ def steering_method(
         from utils.models import load_value_models
         from utils.policies import MavisPolicy
 
-        def value_model(objective: str):
-            one = {objective: iterations[objective]}
-            tokenizer, size = models.tokenizer, models.vocab_size
-            return load_value_models(settings.config, value_model_dir, one, tokenizer, size, models.device)[objective]
-
-        value_models = {
-            n: models.once(("value model", value_model_dir, i, n), lambda n=n: value_model(n))
-            for n, i in iterations.items()
-        }
+        value_models = load_value_models(
+            settings.config,
+            value_model_dir,
+            iterations,
+            models.tokenizer,
+            models.vocab_size,
+            models.device,
+            loaded=models.once("value models", dict),
+        )
         return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
 
     def checkpoint(objective: str) -> tuple[str, str]:
