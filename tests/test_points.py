@@ -483,6 +483,23 @@ def test_the_token_table_meets_the_same_budget_with_a_beta_of_its_own(script, ca
     assert names == {"mavis, kl_budget 2.5", "token table, kl_budget 2.5"}, "one front, though its betas differ"
 
 
+def test_a_run_by_hand_that_meets_a_budget_stays_in_the_front_of_its_beta(script, capsys):
+    import pareto_report
+    from utils.reports import load_runs, series_names
+
+    script("mavis", "--front", "low,even", "--points", 2, "--beta", 1, *SEARCH)
+    folder = by_point(script)[(("low", 1.0),), 1.0]
+    budget = sum(s["log_ratio"] for s in read_samples(folder) if s["trial"] == 0) / 5
+    script("mavis", "--obj_weights", "1", "--kl_budget", budget, *SEARCH)
+    runs, _ = load_runs([script.workspace])
+    assert len(runs) == 2 and read_arguments(folder)["kl_search"]["budget"] == budget
+    assert set(series_names(runs).values()) == {"mavis, beta 1"}, "one front, as before the search"
+    capsys.readouterr()
+    output = script.workspace / "report"
+    assert pareto_report.main([str(script.workspace), "--output_dir", str(output)]) == 0
+    assert "mavis, beta 1 at low 1 met the KL budget of" in capsys.readouterr().out
+
+
 def test_a_budget_that_no_beta_meets_is_said_with_what_there_is(script, capsys):
     steer = ("mavis", "--obj_weights", "1", *SEARCH)
     assert status(script, *steer, "--kl_budget", 0.01) == 1
