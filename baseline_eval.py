@@ -6,7 +6,8 @@
 
 The reference takes no weights. Best of N ranks the samples of each answer by their weighted reward. A token table is
 the context-free control: a value for each token whatever came before it, with the same tilt (fit_token_table.py makes
-one). Run folders lie in <workspace>/baseline_logs, those of best-of-N in <workspace>/baseline_bon_logs.
+one). Several weights and betas are several points, for which the models are loaded once. Run folders lie in
+<workspace>/baseline_logs, those of best-of-N in <workspace>/baseline_bon_logs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from utils.cli import UsageError, check_beta, run
-from utils.evaluation import Method, Settings, add_evaluation_arguments, evaluate_method, resolve
+from utils.cli import UsageError, run
+from utils.evaluation import Method, Models, evaluate_method
+from utils.settings import Settings, add_evaluation_arguments, add_tilt_arguments, resolve
 
 
 def build_parser() -> ArgumentParser:
@@ -37,7 +39,7 @@ def build_parser() -> ArgumentParser:
         const=True,
         help="steer towards the prompt's own words, each worth its idf: no learning, no weights",
     )
-    group.add_argument("--beta", type=float, help="strength of a table's tilt, at least 0")
+    add_tilt_arguments(parser, "the tilt of a table")
     add_evaluation_arguments(parser)
     return parser
 
@@ -47,19 +49,20 @@ def build_parser() -> ArgumentParser:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One baseline policy: its `build`, its series and its checkpoints, from the settings and the arguments."""
+    """One baseline policy: its `build`, its series and its checkpoints, from a point's settings and the arguments."""
 
     build: Callable
     series: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
     checkpoints: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
-    needs: tuple[str, ...] = ()  # flags that must be given with it
+    tilted: bool = False  # by table values: a beta is needed
+    weighted: bool = False  # weights are needed
 
 
 def _reference(args: Namespace):
-    def build(settings, reference, tokenizer, device):
+    def build(settings: Settings, models: Models):
         from utils.policies import ReferencePolicy
 
-        return ReferencePolicy(reference, top_k=settings.top_k, temperature=settings.temperature)
+        return ReferencePolicy(models.reference, top_k=settings.top_k, temperature=settings.temperature)
 
     return build
 
@@ -69,31 +72,18 @@ def _token_table_dir(settings: Settings, args: Namespace) -> str:
 
 
 def _token_table(args: Namespace):
-    def build(settings, reference, tokenizer, device):
-        from utils.models import vocabulary_size
+    def build(settings: Settings, models: Models):
         from utils.policies import TokenTablePolicy
         from utils.token_table import load_token_tables
 
-        folder = _token_table_dir(settings, args)
-        return TokenTablePolicy(
-            reference,
-            load_token_tables(folder, list(settings.weights), vocabulary_size(reference)),
-            settings.weights,
-            beta=args.beta,
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            normalization=settings.config.decoding.normalization,
-        )
+        tables = load_token_tables(_token_table_dir(settings, args), list(settings.weights), models.vocab_size)
+        return TokenTablePolicy(models.reference, tables, settings.weights, **settings.tilt)
 
     return build
 
 
 def _token_table_series(settings: Settings, args: Namespace) -> dict:
-    return {
-        "beta": args.beta,
-        "token_table": args.token_table or "token_tables",
-        "normalization": settings.config.decoding.normalization,
-    }
+    return {"beta": settings.beta, "token_table": args.token_table or "token_tables"} | settings.tilt_series
 
 
 def _token_table_files(settings: Settings, args: Namespace) -> dict:
@@ -106,39 +96,34 @@ def _token_table_files(settings: Settings, args: Namespace) -> dict:
 
 
 def _prompt_words(args: Namespace):
-    def build(settings, reference, tokenizer, device):
+    def build(settings: Settings, models: Models):
         from utils.data import prompts_csv, read_prompts
-        from utils.models import vocabulary_size
         from utils.policies import PromptTablePolicy
         from utils.token_table import prompt_words
 
-        texts = read_prompts(prompts_csv(settings.config, settings.spec, "train"), settings.config)
-        return PromptTablePolicy(
-            reference,
-            prompt_words(settings.spec, texts, tokenizer, vocabulary_size(reference)),
-            beta=args.beta,
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            normalization=settings.config.decoding.normalization,
-        )
+        def own_words():
+            texts = read_prompts(prompts_csv(settings.config, settings.spec, "train"), settings.config)
+            return prompt_words(settings.spec, texts, models.tokenizer, models.vocab_size)
+
+        return PromptTablePolicy(models.reference, models.once("prompt words", own_words), **settings.tilt)
 
     return build
 
 
 def _prompt_words_series(settings: Settings, args: Namespace) -> dict:
-    return {"beta": args.beta, "normalization": settings.config.decoding.normalization}
+    return settings.tilt_series
 
 
 # A new baseline is one entry here and its flag above; the key is the flag's name, the first entry is the default.
 BASELINES = {
     "reference": Baseline(_reference),
-    "token_table": Baseline(_token_table, _token_table_series, _token_table_files, needs=("beta", "obj_weights")),
-    "prompt_words": Baseline(_prompt_words, _prompt_words_series, needs=("beta",)),
+    "token_table": Baseline(_token_table, _token_table_series, _token_table_files, tilted=True, weighted=True),
+    "prompt_words": Baseline(_prompt_words, _prompt_words_series, tilted=True),
 }
 
 
 def method_of(settings: Settings, args: Namespace) -> Method:
-    """The baseline that the flags name, alone or as the best of N of its samples.
+    """The baseline that the flags name, at a point, alone or as the best of N of its samples.
 
     Raises:
         UsageError: flags that do not go together.
@@ -148,15 +133,18 @@ def method_of(settings: Settings, args: Namespace) -> Method:
         raise UsageError(f"--{' and --'.join(named)} name two baselines; give one")
     name = named[0] if named else "reference"
     baseline, n = BASELINES[name], args.num_samples
-    for flag in baseline.needs:
-        if getattr(args, flag) is None:
-            raise UsageError(f"--{name} needs --{flag}")
-    if args.beta is not None:
-        check_beta(args.beta)
-        if "beta" not in baseline.needs:
-            raise UsageError(f"--beta has no meaning for the {name}; it goes with --token_table or --prompt_words")
+    if baseline.tilted and not settings.tilted:
+        raise UsageError(f"--{name} needs --beta (or --kl_budget)")
+    if baseline.weighted and not settings.weights:
+        raise UsageError(f"--{name} needs --obj_weights")
+    if not baseline.tilted:
+        tilt = ("beta", "kl_budget", "normalization", "normalize_values", "clip_values")
+        for flag in (flag for flag in tilt if getattr(args, flag) is not None):
+            raise UsageError(f"--{flag} has no meaning for the {name}; it goes with --token_table or --prompt_words")
     if n < 1:
         raise UsageError(f"--num_samples must be at least 1, got {n}")
+    if n > 1 and settings.kl_budget is not None:
+        raise UsageError("--kl_budget needs a KL that log-ratios estimate; that of the best of N is only bounded")
     if n > 1 and not settings.weights:
         raise UsageError("--num_samples needs --obj_weights, which rank the samples")
     if n == 1 and name == "reference" and settings.weights:
@@ -169,14 +157,14 @@ def method_of(settings: Settings, args: Namespace) -> Method:
         series=series if n == 1 else {"num_samples": n} | series,
         checkpoints=baseline.checkpoints(settings, args),
         num_samples=n,
+        shares_candidates=name == "reference" and n > 1,
         kl_added=math.log(n) - (n - 1) / n,  # the most that choosing one of N adds to the KL
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    settings = resolve(args)
-    return evaluate_method(settings, method_of(settings, args))
+    return evaluate_method(resolve(args), lambda settings: method_of(settings, args))
 
 
 if __name__ == "__main__":

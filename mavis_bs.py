@@ -4,7 +4,7 @@
 
 Q beams each draw --num_samples tokens from the tilted distribution; the continuations are ranked by their combined
 value and the best Q go on. Of the finished texts the N best by value are scored by the reward models, whose weighted
-reward picks the one that is reported. The run folder lies in <workspace>/mavis_bs_logs.
+reward picks the one that is reported. Each point (weights and beta) is a run folder in <workspace>/mavis_bs_logs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from utils.cli import UsageError, run
-from utils.evaluation import add_evaluation_arguments, evaluate_method, resolve
+from utils.evaluation import evaluate_method
+from utils.settings import add_evaluation_arguments, resolve
 from utils.steering import add_steering_arguments, steering_method
 
 
@@ -22,14 +23,14 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--Q", type=int, required=True, help="beams, at least 2")
     group.add_argument("--N", type=int, help="texts per answer that the reward models score (default: Q)")
     group.add_argument("--num_samples", type=int, default=1, help="continuations that each beam draws (default: 1)")
-    add_steering_arguments(parser)
+    add_steering_arguments(parser, kl_budget=False)
     add_evaluation_arguments(parser, track_kl=False)  # the best of several texts has no log-ratio of its own
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    settings = resolve(args)
+    points = resolve(args)
     if args.Q == 1:
         raise UsageError("--Q 1 is plain sampling: use mavis.py")
     num_return = args.Q if args.N is None else args.N
@@ -51,20 +52,19 @@ def main(argv: list[str] | None = None) -> int:
                 max_new_tokens=settings.max_new_tokens,
                 eos_token_id=eos_token_id,
                 batch_size=settings.batch_size,
+                suppress_first_eos=settings.suppress_first_eos,
                 on_completion=on_completion,
             )
 
         return generate
 
-    method = steering_method(
-        settings,
-        args,
-        name="mavis_bs",
-        kind="mavis_bs_logs",
-        series={"Q": args.Q, "N": num_return, "num_samples": args.num_samples},
-        generator=generator,
-    )
-    return evaluate_method(settings, method)
+    def method_of(settings):
+        series = {"Q": args.Q, "N": num_return, "num_samples": args.num_samples}
+        return steering_method(
+            settings, args, name="mavis_bs", kind="mavis_bs_logs", series=series, generator=generator
+        )
+
+    return evaluate_method(points, method_of)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,9 @@ done
 stage "token tables" python fit_token_table.py "$TRAINING" help,harm "${DATA[@]}" "${WORLD[@]}"
 
 stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}"
-for weights in 1,0 0.8,0.2 0.6,0.4 0.4,0.6 0.2,0.8 0,1; do
-  stage "mavis $weights" python mavis.py --obj_weights "$weights" --beta "$BETA" --track_KL "${DATA[@]}" "${WORLD[@]}"
-done
-for weights in 1,0 0.6,0.4 0,1; do
-  stage "token table $weights" python baseline_eval.py --token_table --obj_weights "$weights" --beta "$BETA" "${DATA[@]}" "${WORLD[@]}"
-done
+stage "mavis" python mavis.py --front help,harm --points 6 --beta "$BETA" --track_KL "${DATA[@]}" "${WORLD[@]}"
+stage "token table" python baseline_eval.py --token_table --obj_weights 1,0 --obj_weights 0.6,0.4 --obj_weights 0,1 --beta "$BETA" \
+  "${DATA[@]}" "${WORLD[@]}"
 stage "best of 4" python baseline_eval.py --num_samples 4 --obj_weights 0.6,0.4 "${DATA[@]}" "${WORLD[@]}"
 stage "report" python pareto_report.py "$WORKSPACE/mavis_logs" "$WORKSPACE/baseline_logs" "$WORKSPACE/baseline_bon_logs" \
   --objectives help,harm --output_dir "$WORKSPACE/report"

@@ -37,13 +37,27 @@ def value_of(model, tokens, start):
     return sum(float(model.score(state)) for state in out.hidden_states[-1][0, start:]) / (len(tokens) - start)
 
 
-def step(reference, value_models, weights, tokens, start=0, *, beta, k, temperature, normalization="minmax", clip=6.0):
+def step(
+    reference,
+    value_models,
+    weights,
+    tokens,
+    start=0,
+    *,
+    beta,
+    k,
+    temperature,
+    normalization="minmax",
+    clip=6.0,
+    forbidden=(),
+):
     """(candidate ids, p_ref, u, p_tilt), likeliest candidate first, from facts of the method alone.
 
     The response begins at token number `start`.
     """
     probs = next_token_probs(reference, tokens, temperature)
-    ids = sorted(range(len(probs)), key=lambda i: -float(probs[i]))[:k]
+    possible = [i for i in range(len(probs)) if i not in forbidden]
+    ids = sorted(possible, key=lambda i: -float(probs[i]))[:k]
     p = [float(probs[i]) for i in ids]
     if not value_models:
         total = sum(p)
@@ -61,12 +75,26 @@ def step(reference, value_models, weights, tokens, start=0, *, beta, k, temperat
     return ids, p, u, [o / sum(odds) for o in odds]
 
 
-def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos, start=None, **settings):
+def decode(
+    reference,
+    value_models,
+    weights,
+    prompt,
+    key,
+    *,
+    max_new_tokens,
+    eos,
+    start=None,
+    suppress_first_eos=False,
+    **settings,
+):
     """(tokens, log-ratio, steps) of one sequence; `start` is where the response began, if not behind `prompt`."""
     start = len(prompt) if start is None else start
     tokens, log_ratio, steps = [], 0.0, []
     for t in range(max_new_tokens):
-        ids, p, u, tilted = step(reference, value_models, weights, list(prompt) + tokens, start, **settings)
+        forbidden = (eos,) if suppress_first_eos and not tokens else ()
+        text = list(prompt) + tokens
+        ids, p, u, tilted = step(reference, value_models, weights, text, start, forbidden=forbidden, **settings)
         threshold, running, chosen = uniform(key, t) * sum(tilted), 0.0, len(ids) - 1
         for i, q in enumerate(tilted):
             running += q
@@ -82,7 +110,18 @@ def decode(reference, value_models, weights, prompt, key, *, max_new_tokens, eos
 
 
 def beam_search(
-    reference, value_models, weights, prompt, key, *, num_beams, num_samples, max_new_tokens, eos, **settings
+    reference,
+    value_models,
+    weights,
+    prompt,
+    key,
+    *,
+    num_beams,
+    num_samples,
+    max_new_tokens,
+    eos,
+    suppress_first_eos=False,
+    **settings,
 ):
     """All completions (tokens, value, finished) of one prompt, best first, from the published description alone."""
     finished, beams = [], [[]]
@@ -90,7 +129,10 @@ def beam_search(
         continuations = []
         for b, tokens in enumerate(beams):
             text = list(prompt) + tokens
-            ids, _, _, tilted = step(reference, value_models, weights, text, len(prompt), **settings)
+            forbidden = (eos,) if suppress_first_eos and t == 0 else ()
+            ids, _, _, tilted = step(
+                reference, value_models, weights, text, len(prompt), forbidden=forbidden, **settings
+            )
             for d in range(num_samples):
                 draw = key if (b, d) == (0, 0) else (*key, b, d)
                 threshold, running, chosen = uniform(draw, t) * sum(tilted), 0.0, len(ids) - 1

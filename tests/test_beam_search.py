@@ -4,7 +4,7 @@ import pytest
 
 from tests import brute_force
 from tests.models_for_tests import VOCAB, causal_lm, value_model
-from tests.test_decoding import make_prompts
+from tests.test_decoding import EOS, eager_to_end, make_prompts
 from utils.decoding import beam_search, decode
 from utils.policies import MavisPolicy, ReferencePolicy
 
@@ -34,6 +34,25 @@ def test_beam_search_equals_the_slow_version_token_by_token(architecture, poolin
             (tokens, finished) for tokens, _, finished in expected
         ]
         assert [c.value for c in completions] == pytest.approx([value for _, value, _ in expected], abs=1e-5)
+
+
+def test_beam_search_without_an_empty_answer_equals_the_slow_version():
+    reference, value = eager_to_end("llama_grouped_tied"), value_model("llama_grouped_tied")
+    policy = MavisPolicy(reference, [value], [1.0], beta=3.0, top_k=6)
+    prompts, keys = make_prompts(6, seed=2), [(5, i) for i in range(6)]
+    run = dict(num_beams=3, num_samples=2, max_new_tokens=4)
+    searched = {
+        held: beam_search(
+            policy, prompts, keys=keys, num_return=50, eos_token_id=EOS, batch_size=6, suppress_first_eos=held, **run
+        )
+        for held in (False, True)
+    }
+    for prompt, key, completions in zip(prompts, keys, searched[True], strict=True):
+        settings = dict(beta=3.0, k=6, temperature=1.0, eos=EOS, suppress_first_eos=True)
+        expected = brute_force.beam_search(reference, [value], [1.0], prompt, key, **run, **settings)
+        assert [(c.token_ids, c.finished) for c in completions] == [(tokens, end) for tokens, _, end in expected]
+    assert any(c.token_ids == [EOS] for found in searched[False] for c in found)
+    assert not any(c.token_ids[0] == EOS for found in searched[True] for c in found)
 
 
 def test_one_beam_and_one_sample_is_the_plain_decoder():

@@ -83,6 +83,60 @@ def test_every_normalisation_equals_brute_force(normalization):
     )
 
 
+def eager_to_end(name, seed=0, by=4.0):
+    """A model whose likeliest token is often EOS, so that forbidding it changes most texts."""
+    model = causal_lm(name, seed)
+    head = model.get_output_embeddings()
+    bias = torch.zeros(VOCAB, dtype=torch.float64)
+    bias[EOS] = by
+    head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    return model
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "none"])
+@pytest.mark.parametrize("name", ["llama_grouped_tied", "gpt2"])
+def test_the_first_token_is_never_eos_where_that_is_forbidden(name, normalization):
+    """EOS is taken out before the top k, p_ref stays the full softmax, and the second token may be EOS."""
+    reference, value = eager_to_end(name), value_model(name)
+    settings = dict(beta=2.0, k=5, temperature=0.9, normalization=normalization, clip=None)
+    policy = MavisPolicy(
+        reference, [value], [1.0], beta=2.0, top_k=5, temperature=0.9, normalization=normalization, clip=None
+    )
+    prompts, keys = make_prompts(8, seed=1), [(3, i) for i in range(8)]
+    run = dict(max_new_tokens=6, batch_size=3, trace=True)
+    free = decode(policy, prompts, keys=keys, eos_token_id=EOS, **run)
+    held = decode(policy, prompts, keys=keys, eos_token_id=EOS, suppress_first_eos=True, **run)
+    for prompt, key, completion in zip(prompts, keys, held, strict=True):
+        expected = brute_force.decode(
+            reference, [value], [1.0], prompt, key, max_new_tokens=6, eos=EOS, suppress_first_eos=True, **settings
+        )
+        assert_same(completion, expected)
+    assert any(c.token_ids[0] == EOS for c in free) and not any(c.token_ids[0] == EOS for c in held)
+    assert any(len(c.token_ids) == 2 and c.finished for c in held)  # the ban is the first token's alone
+
+
+def test_forbidding_the_first_eos_costs_its_probability_and_holds_for_every_policy():
+    reference = eager_to_end("llama_full")
+    table = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    everything = dict(top_k=VOCAB - 1)
+    for policy in (
+        ReferencePolicy(reference, **everything),
+        MixturePolicy([reference, eager_to_end("llama_full", 1)], [0.5, 0.5], **everything),
+        TokenTablePolicy(reference, [table], [1.0], beta=0.0, **everything),
+        PromptTablePolicy(reference, lambda prompt: table, beta=0.0, **everything),
+    ):
+        run = dict(keys=[(i,) for i in range(6)], max_new_tokens=1, eos_token_id=[EOS], batch_size=4, trace=True)
+        for completion in decode(policy, [[5, 6, 7]] * 6, suppress_first_eos=True, **run):
+            [step] = completion.steps
+            assert EOS not in step["token_ids"].tolist() and len(step["token_ids"]) == VOCAB - 1
+            if policy.follows_reference:  # no cut and no tilt: what is left is the ban's own price
+                p_eos = float(brute_force.next_token_probs(reference, [5, 6, 7], 1.0)[EOS])
+                assert completion.log_ratio == pytest.approx(-math.log(1 - p_eos), abs=1e-6) and p_eos > 0.1
+    with pytest.raises(ValueError, match="61 candidates of 61 tokens, 1 of them forbidden"):
+        too_many = ReferencePolicy(reference, top_k=VOCAB)
+        decode(too_many, [[5]], suppress_first_eos=True, **run | {"keys": [(0,)]})
+
+
 def test_float32_is_within_2e_5_of_brute_force():
     reference, value = causal_lm("llama_full", dtype=torch.float32), value_model("llama_full", dtype=torch.float32)
     policy = MavisPolicy(reference, {"a": value}, {"a": 1.0}, beta=3.0)
@@ -155,7 +209,7 @@ def test_looking_rarely_at_the_device_changes_nothing():
 def test_equal_prompts_are_read_once(monkeypatch):
     policy = ReferencePolicy(causal_lm("llama_full"))
     read, prefill = [], policy.prefill
-    monkeypatch.setattr(policy, "prefill", lambda prompts, starts: read.extend(prompts) or prefill(prompts, starts))
+    monkeypatch.setattr(policy, "prefill", lambda prompts, *more: read.extend(prompts) or prefill(prompts, *more))
     decode(
         policy,
         [[5, 6, 7]] * 6 + [[8, 9]] * 6,

@@ -121,7 +121,9 @@ def test_what_the_stages_say_is_what_the_page_says_they_say(world):
     spread = dict(re.findall(r"(\w+): standard deviation of the leaves (\d+\.\d+)", said))
     assert 0.4 < float(spread["on_topic"]) / float(spread["warm"]) < 2.5  # rewards of like size
     assert re.search(r"warm: held-out accuracy \d+\.\d% \(95 %", said)
-    assert re.search(r"> tell me of ice and snow and tea\n.*\n\[on_topic \d+\.\d+, warm ", said)
+    answer = r"\n.*\n\[on_topic \d+\.\d+, warm .*\n"
+    ends = rf"\n\nwarm 1, beta 4:{answer}\non_topic 1, beta 4:{answer}"
+    assert re.search("> tell me of ice and snow and tea" + ends, said)
 
 
 def test_no_test_prompt_was_trained_on(world):

@@ -100,6 +100,25 @@ def parse_weights(text: str, objectives: Sequence[str]) -> dict[str, float]:
     return {name: w for name, w in zip(objectives, weights, strict=False) if w > 0}
 
 
+def parse_front(text: str, points: int, objectives: Sequence[str]) -> list[dict[str, float]]:
+    """`help,harm` to weights that are evenly spaced between the two, the first one's from 0 to 1; zeros are left out.
+
+    Raises:
+        UsageError: not two objectives of the data set, or fewer than two points.
+    """
+    names = [n.strip() for n in text.split(",")]
+    for name in names:
+        if name not in objectives:
+            raise UsageError(f"--front {text!r}: unknown objective {name!r}; {nearest(name, objectives)}")
+    if len(names) != 2 or names[0] == names[1]:
+        raise UsageError(f"--front {text!r} must name two different objectives of {','.join(objectives)}")
+    if points < 2:
+        raise UsageError(f"--points must be at least 2, the ends of the front, got {points}")
+    steps = points - 1
+    pairs = [dict(zip(names, (i / steps, (steps - i) / steps), strict=True)) for i in range(points)]
+    return [{name: pair[name] for name in objectives if pair.get(name)} for pair in pairs]
+
+
 def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[str]) -> dict[str, int]:
     """`1,,0` to {objective: iteration of its value model}; one number alone stands for all weighted objectives.
 
@@ -128,10 +147,13 @@ def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[
 
 def report_dry_run(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print what a stage would load or make: (what, path or name, where it is found or what makes it)."""
-    rows = [("what", "path", "found"), *rows]
-    widths = [max(len(str(r[i])) for r in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned([("what", "path", "found"), *rows])))
+
+
+def aligned(rows: Sequence[Sequence]) -> list[str]:
+    """Rows of equally many cells as lines whose columns stand below each other."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def found(path: str, made_by: str = "") -> str:

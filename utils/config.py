@@ -21,6 +21,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/paper_7b.yaml"
+NORMALIZATIONS = ("minmax", "none", "zscore")  # of values over the candidates of a step
 
 
 class ConfigError(ValueError):
@@ -445,6 +446,6 @@ def _check(config: Config) -> None:
             choice(spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
             choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
     choice(config.value_model.pooling, ("last", "mean"), "value_model.pooling")
-    choice(config.decoding.normalization, ("minmax", "none", "zscore"), "decoding.normalization")
+    choice(config.decoding.normalization, NORMALIZATIONS, "decoding.normalization")
     for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):
         choice(dtype, ("auto", "float32", "float64", "bfloat16", "float16"), where)

@@ -135,6 +135,7 @@ def run_jobs(
     batch_size: int,
     trace: bool = False,
     sync_every: int | None = None,
+    suppress_first_eos: bool = False,
 ) -> Iterator[tuple[Job, Completion, Snapshot | None]]:
     """Work through a queue of jobs, in batches of rows that are refilled as they finish.
 
@@ -144,11 +145,13 @@ def run_jobs(
     Args:
         sync_every: steps between two looks at which rows have ended; the default is 1 on a CPU and 16 elsewhere, where
             a look makes the device wait. A row whose budget ends is always seen at once.
+        suppress_first_eos: the first token after a `Prefix` is no end-of-sequence token (see `decode`).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = policy.device
     eos = _eos_tensor(eos_token_id, device)
+    forbidden = eos if suppress_first_eos else None
     sync_every = sync_every or (1 if device.type == "cpu" else 16)
     jobs: list[Job | None] = []
     rows: _Rows | None = None
@@ -173,7 +176,7 @@ def run_jobs(
 
         free = [r for r, j in enumerate(jobs) if j is None][: len(queue)]
         if free:
-            _prefill(policy, queue, len(free), batch_size)
+            _prefill(policy, queue, len(free), batch_size, forbidden)
             started = [queue.popleft() for _ in free]
             policy.load(free, [j.start.snapshot if isinstance(j.start, Prefix) else j.start for j in started])
             rows.start(free, started)
@@ -199,7 +202,7 @@ def run_jobs(
             yield from _finish(policy, rows, jobs, traces, ended)
 
 
-def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int) -> None:
+def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int, forbidden: Tensor | None) -> None:
     """Read the prefixes that the next jobs need, and some ahead of them, so that prompts are read in batches."""
     waiting: list[Prefix] = []
     longest = needed = 0
@@ -221,7 +224,7 @@ def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int) -> 
             longest = max(longest, len(waiting[0].tokens))
             group.append(waiting.pop(0))
         starts = [len(p.tokens) if p.response_start is None else p.response_start for p in group]
-        for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group], starts), strict=True):
+        for prefix, snapshot in zip(group, policy.prefill([p.tokens for p in group], starts, forbidden), strict=True):
             prefix.snapshot = snapshot
 
 
@@ -284,6 +287,7 @@ def decode(
     batch_size: int,
     trace: bool = False,
     reference: torch.nn.Module | None = None,
+    suppress_first_eos: bool = False,
     on_completion=None,
 ) -> list[Completion]:
     """Sample one completion per prompt.
@@ -296,6 +300,10 @@ def decode(
         eos_token_id: one id, several, or None.
         reference: for a policy that is no tilted reference: the model (or ReferencePolicy) against which the log-ratio
             is taken, in one pass over each finished text.
+        suppress_first_eos: the first new token is no end-of-sequence token (v3), so that no answer is empty: the token
+            is taken out before the top k are chosen, at the one place where the candidates after a prompt are made.
+            p_ref stays the full softmax, so a log-ratio counts what this costs: -log(1 - p_ref(eos)) without a tilt
+            and without a cut.
         on_completion: called with the number of tokens of each completion as it ends (for progress bars).
 
     Returns:
@@ -311,7 +319,8 @@ def decode(
         queue.append(Job(key, prefix, max_new_tokens, tag=i))
     prefixes.clear()  # a prefix's cache goes when its last job has started
     completions: list[Completion | None] = [None] * len(prompts)
-    for job, completion, _ in run_jobs(policy, queue, eos_token_id=eos_token_id, batch_size=batch_size, trace=trace):
+    options = dict(batch_size=batch_size, trace=trace, suppress_first_eos=suppress_first_eos)
+    for job, completion, _ in run_jobs(policy, queue, eos_token_id=eos_token_id, **options):
         completions[job.tag] = completion
         if on_completion is not None:
             on_completion(len(completion.token_ids))
@@ -357,6 +366,7 @@ def beam_search(
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None,
     batch_size: int = 64,
+    suppress_first_eos: bool = False,
     on_completion=None,
 ) -> list[list[Completion]]:
     """Search over values: beams are continued by sampling from the tilted distribution and ranked by value.
@@ -380,12 +390,14 @@ def beam_search(
     if len(prompts) != len(keys):
         raise ValueError(f"{len(prompts)} prompts but {len(keys)} keys")
     check_prompts(prompts, max_new_tokens, policy.context)
-    eos = set(_eos_tensor(eos_token_id, torch.device("cpu")).tolist())
+    eos = _eos_tensor(eos_token_id, policy.device)
+    ends, forbidden = set(eos.tolist()), eos if suppress_first_eos else None
     at_once = max(1, batch_size // num_beams)
     results: list[list[Completion]] = []
     for first in range(0, len(prompts), at_once):
         group = list(prompts[first : first + at_once])
-        found = _search(policy, group, keys[first : first + at_once], num_beams, num_samples, max_new_tokens, eos)
+        of_group = keys[first : first + at_once]
+        found = _search(policy, group, of_group, num_beams, num_samples, max_new_tokens, ends, forbidden)
         for completions in found:
             best = sorted(completions, key=lambda c: -c.value)[:num_return]  # stable: of equals, the earlier
             results.append(best)
@@ -395,11 +407,18 @@ def beam_search(
 
 
 def _search(
-    policy, prompts, keys, num_beams: int, num_samples: int, max_new_tokens: int, eos: set[int]
+    policy,
+    prompts,
+    keys,
+    num_beams: int,
+    num_samples: int,
+    max_new_tokens: int,
+    eos: set[int],
+    forbidden: Tensor | None,
 ) -> list[list[Completion]]:
     """The search of a group of prompts that share a batch: all their completions, in no order."""
     policy.open(len(prompts))
-    policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts]))
+    policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts], forbidden=forbidden))
     done: list[list[Completion]] = [[] for _ in prompts]
     beams: list[list[_Beam]] = [[_Beam([])] for _ in prompts]
     device = policy.device

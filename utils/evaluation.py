@@ -1,179 +1,139 @@
 """One evaluation loop for every method: decode, score, pick the best candidate, write rows.
 
-A script says which `Method` it is (which policy is built, from which checkpoints) and calls `evaluate_method`. The
-rest is the same for all: arguments, prompts, run folder, rewards, resume, summary. Nothing heavy is imported here at
-the top, so that a script's `--help` is instant.
+A script says which `Method` a point is (which policy is built, from which checkpoints) and calls `evaluate_method` with
+the points of its command line. The rest is the same for all: prompts, run folders, rewards, resume, summaries. What
+points share is loaded once. Nothing heavy is imported here at the top, so that a script's `--help` is instant.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, parse_weights, progress, report_dry_run
-from utils.config import Config, DatasetSpec, nearest
+from utils.cli import DataError, UsageError, aligned, found, progress, report_dry_run
 from utils.judge import distinct_ratio
+from utils.kl_budget import Measured, Measurements, Search, search_beta
 from utils.places import reference_path, reward_rows, training_command
-from utils.runs import Run, RunSpec, describe_weights, fingerprint, format_summary, open_run, read_arguments, summarize
+from utils.runs import (
+    Run,
+    RunSpec,
+    Statistic,
+    describe_weights,
+    fingerprint,
+    format_summary,
+    is_complete,
+    mean_and_error,
+    open_run,
+    read_arguments,
+    run_parent,
+    summarize,
+)
+from utils.settings import Settings
 
 # (prompts as token ids, keys, on_completion) -> the candidates of each answer; there is one prompt and key per answer,
 # and on_completion(number of tokens) is called as completions end.
 Generate = Callable[[Sequence[Sequence[int]], Sequence[tuple[int, ...]], Callable[[int], None] | None], list[list[Any]]]
 # From prompts and responses to N rewards per name.
 Score = Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray]]
+T = TypeVar("T")
 
 BATCHES_PER_CHUNK = 4  # rows are written after this many batches' worth of answers
 
 
-# --------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------- what is evaluated
 
 
-def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True) -> None:
-    """The arguments that all evaluation scripts share; `track_kl` says whether --track_KL is one."""
-    task = parser.add_argument_group("what is evaluated")
-    task.add_argument("--dataset", required=True, help="data set of the configuration, e.g. anthropic")
-    task.add_argument(
-        "--obj_weights", help="weights in the data set's order of objectives, e.g. 0.2,,0.8 (they sum to 1)"
-    )
-    task.add_argument("--data_split", default="test", help="split whose prompts are answered (default: test)")
-    task.add_argument("--num_prompts", type=int, help="number of prompts (default: the configuration's)")
-    task.add_argument("--start_index", type=int, default=0, help="index of the first prompt (default: 0)")
-    task.add_argument("--num_trials", type=int, help="answers per prompt (default: the configuration's)")
-    task.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="answer this text of yours (- reads it from standard input) and write no run folder; may be repeated",
-    )
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--topk", type=int, help="candidates kept per step (default: the configuration's)")
-    decoding.add_argument(
-        "--temperature", type=float, help="divides the reference's logits (default: the configuration's)"
-    )
-    decoding.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: the data set's)")
-    decoding.add_argument("--seed", type=int, help="seed of the sampling (default: the configuration's)")
-    decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
-    record = parser.add_argument_group("record")
-    if track_kl:
-        record.add_argument(
-            "--track_KL",
-            action=BooleanOptionalAction,
-            default=True,
-            help="write each answer's log-ratio to the reference, whose mean estimates the KL (default: on)",
-        )
-    else:
-        parser.set_defaults(track_KL=False)
-    record.add_argument("--rerun", action="store_true", help="start anew where the same run is already complete")
-    add_common(parser)
+class Models:
+    """What the points of one command share; each part is loaded when it is first asked for, and once."""
 
+    def __init__(self, settings: Settings):
+        self._settings = settings  # of any of the points
+        self._loaded: dict[Any, Any] = {}
 
-@dataclass(frozen=True)
-class Settings:
-    """A command line's evaluation arguments, resolved against the configuration."""
+    def once(self, key, load: Callable[[], T]) -> T:
+        """What `load` gives, at the first call with that key; a value model, a table, ..."""
+        if key not in self._loaded:
+            self._loaded[key] = load()
+        return self._loaded[key]
 
-    config: Config
-    spec: DatasetSpec
-    weights: dict[str, float]
-    split: str
-    num_prompts: int
-    num_prompts_given: bool
-    start_index: int
-    num_trials: int
-    top_k: int
-    temperature: float
-    max_new_tokens: int
-    seed: int
-    batch_size: int
-    track_kl: bool
-    rerun: bool
-    device: str | None
-    wandb: bool
-    dry_run: bool
-    texts: tuple[str, ...] = ()
+    @cached_property
+    def device(self):
+        from utils.models import pick_device
 
+        return pick_device(self._settings.device)
 
-def resolve(args: Namespace) -> Settings:
-    """Settings from the command line, defaults from the configuration.
+    @cached_property
+    def _reference(self) -> tuple[Any, Any]:
+        from utils.models import load_reference
 
-    Raises:
-        UsageError: a value that cannot be meant, before any folder or model is touched.
-    """
-    config = config_from(args)
-    spec = config.dataset(args.dataset)
+        return load_reference(self._settings.config, self._settings.spec, self.device)
 
-    def given(value, default):
-        return default if value is None else value
+    @property
+    def reference(self):
+        return self._reference[0]
 
-    settings = Settings(
-        config=config,
-        spec=spec,
-        weights={} if args.obj_weights is None else parse_weights(args.obj_weights, spec.objectives),
-        split=args.data_split,
-        num_prompts=given(args.num_prompts, config.evaluation.num_prompts),
-        num_prompts_given=args.num_prompts is not None,
-        start_index=args.start_index,
-        num_trials=given(args.num_trials, 1 if args.prompt else config.evaluation.num_trials),
-        top_k=given(args.topk, config.decoding.top_k),
-        temperature=given(args.temperature, config.decoding.temperature),
-        max_new_tokens=given(args.max_new_tokens, spec.max_new_tokens),
-        seed=given(args.seed, config.evaluation.seed),
-        batch_size=given(args.batch_size, config.decoding.batch_size),
-        track_kl=args.track_KL,
-        rerun=args.rerun,
-        device=args.device,
-        wandb=args.wandb,
-        dry_run=args.dry_run,
-        texts=tuple(args.prompt or ()),
-    )
-    if settings.split not in spec.splits:
-        raise UsageError(f"--data_split {settings.split!r} of {spec.name}; {nearest(settings.split, spec.splits)}")
-    for flag, value, least in (
-        ("num_prompts", settings.num_prompts, 1),
-        ("start_index", settings.start_index, 0),
-        ("num_trials", settings.num_trials, 1),
-        ("topk", settings.top_k, 1),
-        ("max_new_tokens", settings.max_new_tokens, 1),
-        ("batch_size", settings.batch_size, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{flag} must be at least {least}, got {value}")
-    if not (math.isfinite(settings.temperature) and settings.temperature > 0):
-        raise UsageError(f"--temperature must be a finite number above 0, got {settings.temperature}")
-    return settings
+    @property
+    def tokenizer(self):
+        return self._reference[1]
+
+    @property
+    def vocab_size(self) -> int:
+        from utils.models import vocabulary_size
+
+        return vocabulary_size(self.reference)
+
+    @cached_property
+    def score(self) -> Score:
+        """Rewards of every objective of the data set."""
+        from utils.rewards import RewardSet
+
+        spec = self._settings.spec
+        return RewardSet(self._settings.config, spec, spec.objectives, self.device).score
+
+    @cached_property
+    def judges(self) -> dict[str, Callable]:
+        """Independent judges of the objectives, {judge_<objective>: scorer}, where the workspace has them."""
+        from utils.judge import load_judges
+
+        return load_judges(self._settings.config, self._settings.spec.objectives)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What differs between evaluation scripts.
+    """What differs between evaluation scripts, for one point.
 
     Attributes:
         name, kind: the run folder's method and its folder of the workspace (mavis_logs, ...).
-        build: (settings, reference model, tokenizer, device) -> policy.
+        build: (settings, models) -> policy, cheap but for what it asks `models` to load once.
         series: settings that the points of one front share, for args.yaml and reports.
         checkpoints: what is loaded beside the reference: {what: (path, the command that makes it)}.
         generator: (settings, policy, eos_token_id) -> Generate; None samples `num_samples` answers a prompt.
-        own_model: the policy is no tilted reference, so answers are read once more by the reference for the log-ratio.
+        own_model: the policy is no tilted reference, so answers are read once more by the reference for the log-ratio;
+            its models are loaded when the point's turn comes.
         num_samples: candidates per answer (best of N).
+        shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
         kl_added: see RunSpec.
     """
 
     name: str
     kind: str
-    build: Callable[[Settings, Any, Any, Any], Any]
+    build: Callable[[Settings, Models], Any]
     series: dict = field(default_factory=dict)
     checkpoints: dict[str, tuple[str, str]] = field(default_factory=dict)
     generator: Callable[[Settings, Any, int], Generate] | None = None
     num_samples: int = 1
     own_model: bool = False
+    shares_candidates: bool = False
     kl_added: float = 0.0
 
 
@@ -181,7 +141,14 @@ class Method:
 
 
 def sampler(
-    policy, *, num_samples: int, max_new_tokens: int, eos_token_id: int, batch_size: int, reference=None
+    policy,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    eos_token_id: int,
+    batch_size: int,
+    suppress_first_eos: bool = False,
+    reference=None,
 ) -> Generate:
     """Candidates by sampling: the answer's own key for one sample, the key and the sample's number for more."""
     from utils.decoding import decode
@@ -195,12 +162,37 @@ def sampler(
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             batch_size=batch_size,
+            suppress_first_eos=suppress_first_eos,
             reference=reference,
             on_completion=on_completion,
         )
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
     return generate
+
+
+class Remembered:
+    """A `Generate` that makes each answer's candidates once, by its key: for points that only rank them otherwise."""
+
+    def __init__(self, generate: Generate):
+        self._generate = generate
+        self._made: dict[tuple[int, ...], tuple[list[Any], float]] = {}
+
+    def __call__(self, prompts, keys, on_completion=None):
+        if on_completion is not None:
+            for candidate in (c for key in keys if key in self._made for c in self._made[key][0]):
+                on_completion(len(candidate.token_ids))
+        new = [(prompt, key) for prompt, key in zip(prompts, keys, strict=True) if key not in self._made]
+        if new:
+            began = time.perf_counter()
+            candidates = self._generate([p for p, _ in new], [k for _, k in new], on_completion)
+            share = (time.perf_counter() - began) / len(new)
+            self._made |= {key: (made, share) for (_, key), made in zip(new, candidates, strict=True)}
+        return [self._made[key][0] for key in keys]
+
+    def seconds(self, keys: Sequence[tuple[int, ...]]) -> float:
+        """What making these answers' candidates took, when it was done."""
+        return sum(self._made[key][1] for key in keys)
 
 
 def evaluate(
@@ -249,8 +241,10 @@ def evaluate(
     for start in range(0, len(todo), chunk):
         part = todo[start : start + chunk]
         began = time.perf_counter()
-        candidates = generate([tokens[i] for i, _ in part], [(seed, i, t) for i, t in part], tick)
-        seconds = time.perf_counter() - began  # decoding alone, shared by the answers that were decoded together
+        keys = [(seed, i, t) for i, t in part]
+        candidates = generate([tokens[i] for i, _ in part], keys, tick)
+        # Decoding alone, shared by the answers that were decoded together.
+        seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
         share = seconds / len(part)
         run.append(pick(part, candidates, prompts, to_text, score, weights, share, track_kl, extra or {}))
     bar.close()
@@ -345,6 +339,9 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
             "max_new_tokens": settings.max_new_tokens,
             "num_samples": method.num_samples,
             "track_KL": settings.track_kl,
+            **(
+                {"suppress_first_eos": True} if settings.suppress_first_eos else {}
+            ),  # off: as before there was a switch
         },
         setting={
             "config": str(config.path),
@@ -391,24 +388,24 @@ def check_checkpoints(settings: Settings, method: Method) -> None:
             raise DataError(f"{what}: nothing at {config.default_path(path)}; make it with: {made_by}")
 
 
-def dry_run(settings: Settings, method: Method) -> None:
-    """Print what the run would load, and from where."""
+def dry_run(points: Sequence[Settings], methods: Sequence[Method]) -> None:
+    """Print what the runs would load, and from where."""
     from utils.data import prompts_csv
 
-    config, spec = settings.config, settings.spec
-    file = prompts_csv(config, spec, settings.split)
-    rows = [
-        ("prompts", str(file), found(str(file), f"python dataset_preprocess.py {spec.name} --split {settings.split}"))
-    ]
-    rows += [(what, str(path), found(str(path), by)) for what, (path, by) in checkpoints(settings, method).items()]
-    rows += reward_rows(config, spec.objectives)
-    rows.append(("run folder", f"{config.workspace / method.kind / spec.name}", "made by this run"))
+    config, spec, split = points[0].config, points[0].spec, points[0].split
+    file = prompts_csv(config, spec, split)
+    rows = [("prompts", str(file), found(str(file), f"python dataset_preprocess.py {spec.name} --split {split}"))]
+    for settings, method in zip(points, methods, strict=True):
+        loaded = checkpoints(settings, method).items()
+        rows += [(what, str(path), found(str(path), by)) for what, (path, by) in loaded]
+    rows = list(dict.fromkeys(rows)) + reward_rows(config, spec.objectives)
+    rows.append(("run folder", f"{config.workspace / methods[0].kind / spec.name}", "made by this run"))
     report_dry_run(rows)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What answers and scores prompts, on its device."""
+    """What answers and scores prompts at one point, on its device."""
 
     encode: Callable[[Mapping[int, str]], dict[int, list[int]]]
     generate: Generate
@@ -416,20 +413,25 @@ class Loaded:
     score: Score
 
 
-def load(settings: Settings, method: Method) -> Loaded:
-    """Load a method's models, and the rewards of every objective of the data set."""
-    from utils.data import encode_prompts
-    from utils.models import load_reference, pick_device
-    from utils.rewards import RewardSet
+def load(settings: Settings, method: Method, models: Models) -> Loaded:
+    """A point's policy on the shared models, and the rewards of every objective of the data set.
 
-    device = pick_device(settings.device)
-    reference, tokenizer = load_reference(settings.config, settings.spec, device)
-    policy = method.build(settings, reference, tokenizer, device)
+    Raises:
+        DataError: something is missing, damaged or does not fit.
+        UsageError: more candidates than there are tokens to choose from.
+    """
+    from utils.data import encode_prompts
+
+    policy, tokenizer = method.build(settings, models), models.tokenizer
     room = (policy.context or 1 << 30) - settings.max_new_tokens
     if room < 1:
         raise DataError(
             f"--max_new_tokens {settings.max_new_tokens} leaves no room for a prompt: the models attend to "
             f"{policy.context} tokens"
+        )
+    if settings.suppress_first_eos and settings.top_k >= models.vocab_size:
+        raise UsageError(
+            f"--suppress_first_eos leaves fewer than --topk {settings.top_k} of the {models.vocab_size} tokens"
         )
 
     def encode(prompts: Mapping[int, str]) -> dict[int, list[int]]:
@@ -444,45 +446,93 @@ def load(settings: Settings, method: Method) -> Loaded:
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             batch_size=settings.batch_size,
-            reference=reference if method.own_model and settings.track_kl else None,
+            suppress_first_eos=settings.suppress_first_eos,
+            reference=models.reference if method.own_model and settings.track_kl else None,
         )
-    return Loaded(
-        encode,
-        generate,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        RewardSet(settings.config, settings.spec, settings.spec.objectives, device).score,
-    )
+    if method.shares_candidates:
+        generate = models.once("candidates", lambda own=generate: Remembered(own))
+    return Loaded(encode, generate, lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(), models.score)
 
 
-def evaluate_method(settings: Settings, method: Method) -> int:
-    """What an evaluation script does once it knows its method: a dry run, answers to the user's texts, or a run."""
-    if settings.dry_run:
-        dry_run(settings, method)
+def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], Method]) -> int:
+    """What an evaluation script does once it knows its points: a dry run, answers to the user's texts, or their runs.
+
+    Args:
+        points: of one command line (see `settings.resolve`).
+        method_of: a point's method.
+    """
+    methods = [method_of(settings) for settings in points]
+    if points[0].dry_run:
+        dry_run(points, methods)
         return 0
-    check_checkpoints(settings, method)
-    if settings.texts:
-        answer_texts(settings, method)
+    for settings, method in zip(points, methods, strict=True):
+        check_checkpoints(settings, method)
+    if points[0].texts:
+        answer_texts(points, methods)
         return 0
-    prompts = load_prompts(settings)
-    with open_run(settings.config.workspace, run_spec(settings, method, prompts), rerun=settings.rerun) as run:
-        print(f"run folder: {run.folder}")
-        if run.complete:
-            print("this run is complete and is not repeated (--rerun does)\n")
+    prompts = load_prompts(points[0])
+    workspace = points[0].config.workspace
+
+    @functools.cache
+    def models() -> Models:
+        """Loaded at the first point that is not complete, with all that the others need: better now than in hours."""
+        shared = Models(points[0])
+        for settings, method in zip(points, methods, strict=True):
+            waits = settings.rerun or not is_complete(workspace, run_spec(settings, method, prompts))
+            if waits and not method.own_model:
+                load(replace(settings, beta=0.0) if settings.beta is None else settings, method, shared)
+        return shared
+
+    ended = []
+    for place, settings in enumerate(points, start=1):
+        if len(points) > 1:
+            print(f"point {place} of {len(points)}: {describe(settings)}")
+        search = None
+        if settings.kl_budget is not None:
+            search = meet_budget(settings, method_of, prompts, models)
+            settings = replace(settings, beta=search.found.beta)
+        run = evaluate_point(settings, method_of(settings), prompts, models, search)
+        arguments, figures = read_arguments(run.folder), summarize(run.samples)
+        ended.append(point_cells(arguments, figures))
+        if len(points) == 1:
+            print(format_summary(arguments, figures), end="")
         else:
-            if run.samples:
-                print(f"going on after {len(run.samples)} of {len(prompts) * settings.num_trials} answers")
-            try:
-                evaluate_run(run, settings, method, prompts)
-            except DataError:
-                run.discard_if_empty()
-                raise
-        print(format_summary(read_arguments(run.folder), summarize(run.samples)), end="")
+            print(
+                ", ".join(f"{k} {v}" for k, v in ended[-1].items() if k not in ("weights", "beta")) + "\n", flush=True
+            )
+    if len(points) > 1:
+        print(points_table(ended), end="")
     return 0
 
 
-def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[int, str]) -> None:
-    """Load, evaluate, finish."""
-    loaded = load(settings, method)
+def evaluate_point(
+    settings: Settings,
+    method: Method,
+    prompts: Mapping[int, str],
+    models: Callable[[], Models],
+    search: Search | None = None,
+) -> Run:
+    """A point's run: made, completed or found complete. `models` loads, and is called where something is left to do."""
+    with open_run(settings.config.workspace, run_spec(settings, method, prompts), rerun=settings.rerun) as run:
+        print(f"run folder: {run.folder}")
+        if search is not None:
+            run.note_kl_search(search.record(), search.table())
+        if run.complete:
+            print("this run is complete and is not repeated (--rerun does)\n")
+            return run
+        if run.samples:
+            print(f"going on after {len(run.samples)} of {len(prompts) * settings.num_trials} answers")
+        try:
+            evaluate_run(run, settings, method, prompts, models())
+        except (DataError, UsageError):
+            run.discard_if_empty()
+            raise
+    return run
+
+
+def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[int, str], models: Models) -> None:
+    """Load what is not loaded, evaluate, finish."""
+    loaded = load(settings, method, models)
     evaluate(
         run,
         prompts,
@@ -496,18 +546,87 @@ def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[
         track_kl=settings.track_kl,
         chunk=max(1, BATCHES_PER_CHUNK * settings.batch_size // method.num_samples),
         num_candidates=method.num_samples,
-        extra=judges(settings),
+        extra=models.judges,
     )
     figures = run.finish()
     if settings.wandb:
         log_to_wandb(run, figures)
 
 
-def judges(settings: Settings) -> dict[str, Callable]:
-    """Independent judges of the data set's objectives, {judge_<objective>: scorer}, where the workspace has them."""
-    from utils.judge import load_judges
+def meet_budget(
+    settings: Settings,
+    method_of: Callable[[Settings], Method],
+    prompts: Mapping[int, str],
+    models: Callable[[], Models],
+) -> Search:
+    """Find the beta of a point whose KL meets its budget, on one answer per prompt.
 
-    return load_judges(settings.config, settings.spec.objectives)
+    The measurements are kept beside the run folders, in kl_<method>_<weights>-<identity>.csv, whatever the budget.
+
+    Raises:
+        DataError: no beta meets it, or another process is measuring.
+    """
+    unknown = replace(settings, beta=None, num_trials=1)
+    spec = run_spec(unknown, method_of(unknown), prompts)
+    weights = "-".join(f"{w:g}" for w in settings.weights.values())
+    name = "_".join(part for part in ("kl", spec.method, weights) if part)
+    with Measurements(run_parent(settings.config.workspace, spec) / f"{name}-{spec.identity}.csv") as kept:
+        print(f"the beta of {settings.kl_budget:g} nats is looked for; what is measured: {kept.file}")
+
+        def measure(beta: float) -> Measured:
+            if beta not in kept.known:
+                point = replace(settings, beta=beta)
+                kept.add(measure_kl(point, method_of(point), prompts, models()))
+            measured = kept.known[beta]
+            print(f"beta {beta:g}: KL {measured.kl:.4f} nats, s.e. {measured.error:.4f}", flush=True)
+            return measured
+
+        search = search_beta(measure, settings.kl_budget)
+    how = "within its standard error of" if search.met else "the nearest to"
+    print(f"beta {search.found.beta:g} has a KL {how} {settings.kl_budget:g} nats")
+    return search
+
+
+def measure_kl(settings: Settings, method: Method, prompts: Mapping[int, str], models: Models) -> Measured:
+    """The KL of a point's beta: the mean log-ratio (paper, eq. 6) of its run's first answer to each prompt."""
+    loaded = load(settings, method, models)
+    encoded, bar = loaded.encode(prompts), progress(total=len(prompts), desc=f"beta {settings.beta:g}", unit="answer")
+    keys = [(settings.seed, i, 0) for i in prompts]
+    candidates = loaded.generate([encoded[i] for i in prompts], keys, lambda tokens: bar.update())
+    bar.close()
+    return Measured(settings.beta, *mean_and_error([answer.log_ratio for [answer] in candidates]))
+
+
+def describe(settings: Settings) -> str:
+    """A point, for the reader."""
+    strength = [] if settings.beta is None else [f"beta {settings.beta:g}"]
+    return ", ".join([describe_weights(settings.weights) or "no weights", *strength])
+
+
+def point_cells(arguments: Mapping, figures: Mapping[str, Statistic]) -> dict[str, str]:
+    """A run's weights and beta, its mean rewards and its KL with their standard errors over prompts; "-" for none."""
+
+    def cell(figure: Statistic | None, added: float = 0.0) -> str:
+        if figure is None or math.isnan(figure.mean):
+            return "-"
+        error = "" if math.isnan(figure.error) else f" ({figure.error:.4f})"
+        return f"{'<= ' if added else ''}{figure.mean + added:.4f}{error}"
+
+    beta = arguments["series"].get("beta")
+    rewards = arguments["configuration"]["datasets"][arguments["dataset"]]["objectives"]
+    return {
+        "weights": describe_weights(arguments["weights"]) or "none",
+        "beta": "-" if beta is None else f"{beta:g}",
+        **{name: cell(figures[name]) for name in rewards},
+        "KL": cell(figures.get("log_ratio"), arguments["kl_added"]),
+    }
+
+
+def points_table(points: Sequence[Mapping[str, str]]) -> str:
+    """One line per point, from its `point_cells`; a column that nothing fills is left out."""
+    columns = [name for name in points[0] if any(point[name] != "-" for point in points)]
+    lines = aligned([columns, *([point[name] for name in columns] for point in points)])
+    return "\n".join(["means (and their standard errors over prompts)", *lines]) + "\n"
 
 
 def log_to_wandb(run: Run, figures) -> None:
@@ -521,26 +640,37 @@ def log_to_wandb(run: Run, figures) -> None:
         logged.summary.update({name: f.mean for name, f in figures.items() if math.isfinite(f.mean)})
 
 
-def answer_texts(settings: Settings, method: Method) -> None:
-    """Answer the user's own texts on standard output, each with its rewards and log-ratio."""
+def answer_texts(points: Sequence[Settings], methods: Sequence[Method]) -> None:
+    """Answer the user's own texts at each point on standard output, each answer with its rewards and log-ratio."""
     from utils.text_formats import format_of
 
-    texts = [sys.stdin.read() if text == "-" else text for text in settings.texts]
+    first = points[0]
+    texts = [sys.stdin.read() if text == "-" else text for text in first.texts]
     try:
-        prompts = dict(enumerate(format_of(settings.spec).wrap_user(text) for text in texts))
+        prompts = dict(enumerate(format_of(first.spec).wrap_user(text) for text in texts))
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from None
-    loaded = load(settings, method)
-    encoded = loaded.encode(prompts)
-    part = [(i, t) for i in prompts for t in range(settings.num_trials)]
-    candidates = loaded.generate([encoded[i] for i, _ in part], [(settings.seed, i, t) for i, t in part], None)
-    rows = pick(part, candidates, prompts, loaded.to_text, loaded.score, settings.weights, 0.0, settings.track_kl, {})
-    series = [f"{k} {v}" for k, v in method.series.items()]
-    print(", ".join([f"{method.name}: {describe_weights(settings.weights) or 'no weights'}", *series]))
-    for row in rows:
-        print(f"\n> {texts[row['index']].strip()}\n{row['response']}")
-        figures = [f"{name} {value:.3f}" for name, value in row["rewards"].items()]
-        if "log_ratio" in row:
-            figures.append(f"log-ratio {row['log_ratio']:.2f}")
-        end = "ended by itself" if row["finished"] else "cut off"
-        print(f"[{', '.join(figures)}; {row['tokens']} tokens, {end}]")
+    models = Models(first)
+    part = [(i, t) for i in prompts for t in range(first.num_trials)]
+    keys = [(first.seed, i, t) for i, t in part]
+    rows = []  # of each point, in the order of `part`
+    for settings, method in zip(points, methods, strict=True):
+        loaded = load(settings, method, models)
+        encoded = loaded.encode(prompts)
+        candidates = loaded.generate([encoded[i] for i, _ in part], keys, None)
+        weights, track = settings.weights, settings.track_kl
+        rows.append(pick(part, candidates, prompts, loaded.to_text, loaded.score, weights, 0.0, track, {}))
+    several = len(points) > 1  # then what they share comes first, and each answer says its point
+    shared = [f"{k} {v}" for k, v in methods[0].series.items() if not several or k != "beta"]
+    own = [] if several else [describe_weights(first.weights) or "no weights"]
+    print(f"{methods[0].name}: " + ", ".join(own + shared))
+    for n, (i, _) in enumerate(part):
+        print(f"\n> {texts[i].strip()}")
+        for settings, of_point in zip(points, rows, strict=True):
+            row = of_point[n]
+            print(f"\n{describe(settings)}:\n{row['response']}" if several else row["response"])
+            figures = [f"{name} {value:.3f}" for name, value in row["rewards"].items()]
+            if "log_ratio" in row:
+                figures.append(f"log-ratio {row['log_ratio']:.2f}")
+            end = "ended by itself" if row["finished"] else "cut off"
+            print(f"[{', '.join(figures)}; {row['tokens']} tokens, {end}]")

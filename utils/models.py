@@ -325,20 +325,26 @@ def load_value_models(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     device: torch.device,
+    loaded: dict | None = None,
 ) -> dict[str, PreTrainedModel]:
-    """The value models of every objective that has an iteration: {objective: model}."""
+    """The value models of every objective that has an iteration: {objective: model}.
+
+    `loaded` is kept between calls: what one of them has loaded no other loads again.
+    """
     folders = {name: value_model_folder(config, value_model_dir, n, name) for name, n in iterations.items()}
     for name, folder in folders.items():  # all are looked for before the first is loaded
         check_adapter_folder(
             folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}"
         )
-    models, untrained = {}, None
-    for name, folder in folders.items():
-        model = models[name] = load_value_model(config, folder, tokenizer, vocab_size, device)
+    loaded = {} if loaded is None else loaded
+    for folder in folders.values():
+        if folder in loaded:
+            continue
+        model = loaded[folder] = load_value_model(config, folder, tokenizer, vocab_size, device)
         if _only_head_is_trained(folder):  # then the backbone is the base's: one for all, which is read once
-            untrained = untrained or getattr(model, model.base_model_prefix)
-            setattr(model, model.base_model_prefix, untrained)
-    return models
+            own = getattr(model, model.base_model_prefix)
+            setattr(model, model.base_model_prefix, loaded.setdefault("untrained backbone", own))
+    return {name: loaded[folder] for name, folder in folders.items()}
 
 
 def _only_head_is_trained(folder: str | Path) -> bool:

@@ -276,10 +276,16 @@ class _Policy:
         return self.layout.rows
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], response_starts: Sequence[int] | None = None) -> list[Snapshot]:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        response_starts: Sequence[int] | None = None,
+        forbidden: Tensor | None = None,
+    ) -> list[Snapshot]:
         """Read prompts (lists of token ids) in one batch; their states, to be loaded into rows as often as wanted.
 
         `response_starts` says where in each the response begins; without it, they are prompts to their ends.
+        `forbidden` are ids of tokens that are no candidates for the next token (the ones after it may be them).
         """
         n, longest = len(prompts), max(map(len, prompts))
         tokens = torch.zeros(n, longest, dtype=torch.int64)
@@ -299,7 +305,7 @@ class _Policy:
             out = reader.read(tokens, positions, _additive(allowed, reader.dtype), cache)
             (logits if reader.heads is None else scores).append(out)
             kv.append(cache.store)
-        p_ref, token_ids = self._candidates(logits)
+        p_ref, token_ids = self._candidates(logits, forbidden)
         starts = [len(p) for p in prompts] if response_starts is None else response_starts
         begun = valid & (positions >= torch.as_tensor(starts, device=self.device)[:, None])
         response = self._response_of(scores, begun)
@@ -403,14 +409,14 @@ class _Policy:
 
     # ------------------------------------------------------------------------------------------------------- steps
 
-    def _candidates(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _candidates(self, logits: Sequence[Tensor], forbidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p_ref, token_ids) of the weighted sum of the models' logits, (B, k) each."""
         total = (
             logits[0]
             if self.mixture == [1.0]
             else sum(w * x.float() for w, x in zip(self.mixture, logits, strict=True))
         )
-        return tilting.top_k_probs(total, self.top_k, self.temperature)
+        return tilting.top_k_probs(total, self.top_k, self.temperature, forbidden)
 
     def _values(self) -> Tensor | None:
         """The u (B, k) that tilts the candidates, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from utils.runs import (
 )
 
 SAMPLES_SHOWN = 3
-ALWAYS_NAMED = ("beta", "num_samples")  # settings that a series' name says even where all runs share them
+ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all runs share them
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -56,6 +56,7 @@ class RunRecord:
     folder: Path
     arguments: dict
     table: pd.DataFrame  # rewards.csv, indexed by the prompt's index
+    by_budget: bool = True  # a run whose beta met a KL budget is a point of the budget's front, not of its beta's
 
     @property
     def method(self) -> str:
@@ -98,15 +99,22 @@ class RunRecord:
         mean, error = mean_and_error(self.table["log_ratio"])
         return mean + self.kl_added, error
 
+    @property
+    def budget(self) -> float | None:
+        """The KL budget that the run's beta was found for, in nats."""
+        return self.arguments.get("kl_search", {}).get("budget")
+
     def mean(self, column: str) -> float:
         return float(self.table[column].mean()) if column in self.table else math.nan
 
     @property
     def settings(self) -> dict:
         """What tells this run's series from others: everything that determines the result but the weights."""
-        indices = self.arguments["indices"]
+        indices, series = self.arguments["indices"], self.arguments["series"]
+        if self.budget is not None and self.by_budget:  # each point of such a front has a beta of its own
+            series = {"kl_budget": self.budget} | {k: series[k] for k in series if k != "beta"}
         return {
-            **self.arguments["series"],
+            **series,
             **{k: v for k, v in self.arguments["arguments"].items() if k != "track_KL"},
             "num_trials": self.arguments["num_trials"],
             "prompts": f"{min(indices)}-{max(indices)}",
@@ -150,7 +158,20 @@ def load_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
         newest[arguments["identity"]] = record
     if not newest:
         raise DataError(f"no complete run in {', '.join(map(str, paths))}" + "".join(f"; {text}" for text in left_out))
-    return sorted(newest.values(), key=lambda r: r.arguments["started"]), left_out
+    return _with_their_fronts(sorted(newest.values(), key=lambda r: r.arguments["started"])), left_out
+
+
+def _with_their_fronts(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs whose beta met a KL budget, as points of a front of that beta where other runs make one.
+
+    A search may end at a beta that was run by hand, so that one folder is a point of two fronts: its beta's keeps it.
+    """
+
+    def front(run: RunRecord) -> str:
+        return repr((run.label, run.dataset, run.method, sorted(replace(run, by_budget=False).settings.items())))
+
+    by_hand = {front(run) for run in runs if run.budget is None}
+    return [replace(run, by_budget=run.budget is not None and front(run) not in by_hand) for run in runs]
 
 
 # ------------------------------------------------------------------------------------------------------------- series
@@ -259,10 +280,16 @@ def sections_of(runs: Sequence[RunRecord], objectives: Sequence[str] | None = No
 def unequal_settings(section: Section) -> list[str]:
     """What makes the runs of a section hard to compare: settings of decoding and prompts that differ."""
     notes = []
-    for key in ("data_split", "seed", "topk", "temperature", "max_new_tokens", "num_trials", "prompts"):
+    for key in (
+        "data_split", "seed", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"
+    ):  # fmt: skip
         values = {str(r.settings.get(key)) for r in section.runs}
         if len(values) > 1:
             notes.append(f"the runs differ in {key}: {', '.join(sorted(values))}")
+    for run in section.runs:
+        if run.budget is not None and not run.by_budget:
+            name = f"{section.names[run.folder]} at {describe_weights(run.weights)}"
+            notes.append(f"{name} met the KL budget of {run.budget:g} nats too, and stands with its beta")
     return notes
 
 

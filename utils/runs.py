@@ -5,6 +5,7 @@
         samples.jsonl   one line per prompt and trial: the record that everything else is computed from
         rewards.csv     one row per prompt: means over its trials
         summary.txt     means and errors; written last, so a folder that has it is complete
+        kl_search.csv   the betas that were tried, where the run's was found for a KL budget
 
 A run's *identity* is a hash of what determines its result. The same command finds the newest folder of its identity:
 a complete one is reported and not repeated, an incomplete one is completed. One process at a time writes a folder;
@@ -38,6 +39,7 @@ import yaml
 from utils.cli import DataError
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
+KL_SEARCH = "kl_search.csv"
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 # Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
 MEASURES = ("log_ratio", "seconds", "tokens", "distinct", "reference_log_prob", "finished")
@@ -276,6 +278,20 @@ class Run:
         write_atomically(self.folder / SUMMARY, format_summary(self.arguments, figures) + note)
         return figures
 
+    def note_kl_search(self, record: Mapping, table: str) -> None:
+        """How the run's beta was found, in args.yaml, kl_search.csv and, of a complete run, the summary.
+
+        Runs are told apart by their beta, however it came about: a complete run of that beta takes the note too.
+        """
+        if self.arguments.get("kl_search") == record and (self.folder / KL_SEARCH).exists():
+            return
+        write_atomically(self.folder / KL_SEARCH, table)
+        configuration = self.arguments.pop("configuration")  # long, so it stays last
+        self.arguments |= {"kl_search": dict(record), "configuration": configuration}
+        write_arguments(self.folder, self.arguments)
+        if self.complete:
+            write_atomically(self.folder / SUMMARY, format_summary(self.arguments, summarize(self.samples)))
+
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that could not start: it has no rows, and its command would make it again."""
         if self._stream is not None and not self.samples:
@@ -311,6 +327,23 @@ class Run:
         write_atomically(self.folder / REWARDS, text.getvalue())
 
 
+def run_parent(workspace: str | os.PathLike, spec: RunSpec) -> Path:
+    """The folder that holds the run's folder."""
+    return Path(workspace) / spec.kind / spec.dataset / "_".join(spec.objectives)
+
+
+def find_run(workspace: str | os.PathLike, spec: RunSpec) -> Path | None:
+    """The newest folder of the run's identity."""
+    found = [f for f in run_parent(workspace, spec).glob(f"*-{spec.identity}*") if (f / ARGUMENTS).is_file()]
+    return max(found, key=lambda f: (read_arguments(f)["started"], f.name), default=None)
+
+
+def is_complete(workspace: str | os.PathLike, spec: RunSpec) -> bool:
+    """Whether `open_run` would give a run that is not to be repeated."""
+    folder = find_run(workspace, spec)
+    return folder is not None and (folder / SUMMARY).exists()
+
+
 def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False) -> Run:
     """Make the run's folder, or find the newest one of the same identity.
 
@@ -320,11 +353,10 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
     Raises:
         DataError: another process holds the folder; the message says which.
     """
-    parent = Path(workspace) / spec.kind / spec.dataset / "_".join(spec.objectives)
+    parent = run_parent(workspace, spec)
     parent.mkdir(parents=True, exist_ok=True)
     with _locked(Path(workspace) / spec.kind / ".lock"):
-        found = sorted(f for f in parent.glob(f"*-{spec.identity}*") if (f / ARGUMENTS).is_file())
-        folder = max(found, key=lambda f: (read_arguments(f)["started"], f.name)) if found else None
+        folder = find_run(workspace, spec)
         if folder and (folder / SUMMARY).exists():
             if not rerun:
                 return Run(folder, read_arguments(folder), None)
@@ -351,9 +383,13 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
             arguments = read_arguments(folder)
             arguments["resumed"].append({"time": now, "versions": versions(), "commit": git_commit()})
             arguments["process"] = process
-        text = yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-        write_atomically(folder / ARGUMENTS, text)
+        write_arguments(folder, arguments)
     return Run(folder, arguments, stream)
+
+
+def write_arguments(folder: Path, arguments: Mapping) -> None:
+    text = yaml.safe_dump(dict(arguments), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    write_atomically(folder / ARGUMENTS, text)
 
 
 def _lock_samples(folder: Path) -> io.BufferedRandom:
@@ -459,6 +495,12 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
         f = figures["log_ratio"]
         sign = "<= " if kl_added else ""
         lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}")
+    if search := arguments.get("kl_search"):
+        which = "one" if search["met"] else "the nearest one"
+        lines.append(
+            f"{'KL budget':<24}{search['budget']:g} nats; this beta, {which} of {search['tried']} that were tried, has "
+            f"{number(search['kl'])} (s.e. {number(search['error'])}) on one answer per prompt"
+        )
     lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
     lines.append(f"{'tokens per second':<24}{figures['tokens_per_second'].mean:.1f}")
     lines.append(f"{'tokens per answer':<24}{figures['tokens'].mean:.1f}")

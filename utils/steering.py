@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from utils.cli import UsageError, check_beta, parse_iterations
-from utils.evaluation import Method, Settings
+from utils.cli import UsageError, parse_iterations
+from utils.evaluation import Method, Models
+from utils.settings import Settings, add_tilt_arguments
 
 
-def add_steering_arguments(parser: ArgumentParser) -> None:
-    """Strength, value models and normalisation."""
-    group = parser.add_argument_group("steering")
-    group.add_argument("--beta", type=float, required=True, help="strength of the tilt, at least 0; 0 is the reference")
+def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) -> None:
+    """Value models, strength and normalisation; `kl_budget` as in `add_tilt_arguments`."""
+    group = parser.add_argument_group("value models")
     group.add_argument(
         "--value_model_dir", help="folder of iter_<N>/<objective> (default: value_models in the workspace)"
     )
@@ -22,11 +22,7 @@ def add_steering_arguments(parser: ArgumentParser) -> None:
         default="0",
         help="iteration of each objective's value model, e.g. 1,,0; one number for all (default: 0)",
     )
-    group.add_argument(
-        "--normalize_values",
-        action=BooleanOptionalAction,
-        help="normalise values over a step's candidates (default: the configuration's)",
-    )
+    add_tilt_arguments(parser, "steering", kl_budget=kl_budget)
 
 
 def steering_method(
@@ -39,37 +35,32 @@ def steering_method(
     generator: Callable | None = None,
     num_samples: int = 1,
 ) -> Method:
-    """The evaluation method of a MAVIS policy; `series` and `generator` as in `Method`.
+    """The evaluation method of a MAVIS policy at a point; `series` and `generator` as in `Method`.
 
     Raises:
-        UsageError: no weights, a beta that cannot tilt, or iterations that do not fit the weights.
+        UsageError: no weights, nothing that says how strong the tilt is, or iterations that do not fit the weights.
     """
     if not settings.weights:
         raise UsageError(f"--obj_weights is needed: weights of {','.join(settings.spec.objectives)}, e.g. 0.5,0.5")
-    beta = check_beta(args.beta)
+    if args.beta is None and settings.kl_budget is None:
+        raise UsageError("--beta" + (" (or --kl_budget)" if "kl_budget" in args else "") + " is needed, e.g. --beta 4")
     iterations = parse_iterations(args.value_model_iter, settings.weights, settings.spec.objectives)
-    normalization = settings.config.decoding.normalization
-    if args.normalize_values is not None:
-        on = normalization if normalization != "none" else "minmax"
-        normalization = on if args.normalize_values else "none"
     value_model_dir = args.value_model_dir or str(settings.config.default_path("value_models"))
 
-    def build(settings, reference, tokenizer, device):
-        from utils.models import load_value_models, vocabulary_size
+    def build(settings: Settings, models: Models):
+        from utils.models import load_value_models
         from utils.policies import MavisPolicy
 
         value_models = load_value_models(
-            settings.config, value_model_dir, iterations, tokenizer, vocabulary_size(reference), device
+            settings.config,
+            value_model_dir,
+            iterations,
+            models.tokenizer,
+            models.vocab_size,
+            models.device,
+            loaded=models.once("value models", dict),
         )
-        return MavisPolicy(
-            reference,
-            value_models,
-            settings.weights,
-            beta=beta,
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            normalization=normalization,
-        )
+        return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
 
     def checkpoint(objective: str) -> tuple[str, str]:
         iteration = iterations[objective]
@@ -87,10 +78,10 @@ def steering_method(
         kind=kind,
         build=build,
         series={
-            "beta": beta,
+            "beta": settings.beta,  # first, for the reader
             "iteration": args.value_model_iter,
             "value_model_dir": args.value_model_dir or "value_models",
-            "normalization": normalization,
+            **settings.tilt_series,
             **(series or {}),
         },
         checkpoints={f"value model of {objective}": checkpoint(objective) for objective in iterations},

@@ -13,18 +13,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from utils.config import NORMALIZATIONS
+
 EPS = 1e-6  # of the published min-max normalisation
 CLIP = 6.0  # v1 without normalisation: beta * value is at most this
-NORMALIZATIONS = ("minmax", "none", "zscore")
 
 
-def top_k_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def top_k_probs(
+    logits: Tensor, k: int, temperature: float = 1.0, forbidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The reference's k likeliest next tokens, likeliest first.
 
     Args:
         logits: (B, V).
         k: candidates kept; at most V are there.
         temperature: divides the logits.
+        forbidden: (F,) ids of tokens that are no candidates. The others keep their p_ref: it stays the softmax over
+            all V tokens, these included.
 
     Returns:
         p_ref (B, k) from the softmax over all V tokens, and token_ids (B, k). The softmax is computed in float32, or
@@ -36,7 +41,12 @@ def top_k_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tenso
         raise ValueError(f"top_k must be at least 1, got {k}")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     wide = wide / temperature if temperature != 1.0 else wide
-    top, token_ids = wide.topk(min(k, wide.shape[-1]), dim=-1)  # (B, k)
+    allowed = wide
+    if forbidden is not None:
+        if min(k, wide.shape[-1]) > wide.shape[-1] - len(forbidden):
+            raise ValueError(f"{k} candidates of {wide.shape[-1]} tokens, {len(forbidden)} of them forbidden")
+        allowed = wide.index_fill(-1, forbidden, -math.inf)
+    top, token_ids = allowed.topk(min(k, wide.shape[-1]), dim=-1)  # (B, k)
     return (top - wide.logsumexp(dim=-1, keepdim=True)).exp(), token_ids
 
 

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The front of help and humor: bash scripts/anthropic/get_pareto_front_help_humor.sh ITERS BETA [arguments of every stage, e.g. --config tiny]
+set -euo pipefail
+
+bash "$(dirname "$0")/../get_pareto_front.sh" anthropic help,humor "$@"
