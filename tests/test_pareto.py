@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from utils.pareto import (
+    THEMES,
     Look,
     PlotPoint,
     bootstrap,
@@ -192,8 +193,11 @@ def test_wins_ties_and_losses_count_prompts():
 
 def test_looks_have_a_colour_per_family_and_a_marker_per_series():
     looks = looks_of({"mavis": ["mavis, beta 1", "mavis, beta 4"], "table": ["table, beta 4"]})
-    assert len({look.marker for look in looks.values()}) == 3 and len({look.color for look in looks.values()}) == 3
-    assert looks["mavis, beta 4"].color == "#0072b2"  # the last of a family has its full colour
+    assert len({look.marker for look in looks.values()}) == 3
+    assert looks["mavis, beta 1"].color == looks["mavis, beta 4"].color != looks["table, beta 4"].color
+    assert looks["mavis, beta 4"].fade == 0 < looks["mavis, beta 1"].fade  # the last of a family has its full colour
+    for theme in THEMES.values():
+        assert len({look.on(theme) for look in looks.values()}) == 3
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

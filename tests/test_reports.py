@@ -326,10 +326,10 @@ def test_the_page_shows_answers_by_weight_with_their_figures(world):
     text = (world[1] / "report.html").read_text()
     first = text[text.index('class="prompt"') : text.index('class="prompt"', text.index('class="prompt"') + 1)]
     rows = re.findall(r"<h4>(.*?)</h4>", first)
-    assert rows == ["without weights", "best of 16", "mavis, beta 2", "mavis, beta 4", "token table, beta 2",
+    assert rows == ["without weights", "mavis, beta 2", "mavis, beta 4", "best of 16", "token table, beta 2",
                     "token table, beta 4"]  # fmt: skip
-    row = first[first.index("<h4>mavis, beta 4") : first.index("<h4>token table, beta 2")]
-    titles = re.findall(r'grid-column: (\d)">\s*<strong>(.*?)</strong>', row)
+    row = first[first.index("<h4>mavis, beta 4") : first.index("<h4>best of 16")]
+    titles = re.findall(r'--at: (\d)">\s*<strong>(.*?)</strong>', row)
     assert [t for _, t in titles] == ["help 1", "help 0.8, harm 0.2", "help 0.6, harm 0.4", "help 0.5, harm 0.5",
                                       "help 0.4, harm 0.6", "help 0.2, harm 0.8", "harm 1"]  # fmt: skip
     assert [int(n) for n, _ in titles] == [1, 2, 3, 4, 5, 6, 7]
@@ -552,7 +552,7 @@ def test_methods_without_weights_are_in_the_figures_and_compared_at_every_weight
     for weights in ({"help": 1.0}, {"help": 0.5, "harm": 0.5}):
         make_run(tmp_path, "mavis", weights, beta=1.0, kl=1.0, prompts=range(6))
     (section,) = sections_of(load_points([tmp_path])[0])
-    assert list(section.series) == ["prompt words, beta 1", "mavis, beta 1"]
+    assert list(section.series) == ["mavis, beta 1", "prompt words, beta 1"]
     rows = at_equal_kl(section)
     assert [(r["a"], r["b"], len(r["weights"])) for r in rows if math.isfinite(r["difference"])] == [
         ("mavis, beta 1", "prompt words", 1), ("mavis, beta 1", "prompt words", 2),

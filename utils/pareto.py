@@ -229,10 +229,15 @@ THEMES = {"light": Theme("#ffffff", "#1f2328", "#e6e6e6", 0.0), "dark": Theme("#
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is drawn."""
+    """How a series is drawn: its colour, how far it fades towards the paper (0 to 1), and its marker."""
 
     color: str
     marker: str
+    fade: float = 0.0
+
+    def on(self, paper: Theme) -> str:
+        """Its colour on a theme's paper."""
+        return _mix(_mix(self.color, "#ffffff", paper.lift), paper.paper, self.fade)
 
 
 @dataclass(frozen=True)
@@ -248,19 +253,19 @@ class PlotPoint:
 
 
 def looks_of(families: Mapping[str, Sequence[str]]) -> dict[str, Look]:
-    """A look for every series, {family: its series}: one colour per family, paler to full, one marker per series."""
+    """A look for every series, {family: its series}: one colour per family, faded to full, one marker per series."""
     looks = {}
     for n, members in enumerate(families.values()):
         for i, name in enumerate(members):
-            paleness = 0.5 * (len(members) - 1 - i) / max(1, len(members) - 1)
-            looks[name] = Look(_mix(COLORS[n % len(COLORS)], paleness), MARKERS[len(looks) % len(MARKERS)])
+            fade = 0.5 * (len(members) - 1 - i) / max(1, len(members) - 1)
+            looks[name] = Look(COLORS[n % len(COLORS)], MARKERS[len(looks) % len(MARKERS)], fade)
     return looks
 
 
-def _mix(color: str, white: float) -> str:
+def _mix(color: str, other: str, share: float) -> str:
     from matplotlib.colors import to_hex, to_rgb
 
-    return to_hex([c + white * (1 - c) for c in to_rgb(color)])
+    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True)])
 
 
 @contextmanager
@@ -360,7 +365,7 @@ def plot_front(
     with _canvas(file, theme, 7.4, 6.4) as (figure, grid, paper):
         axes, texts = grid[0, 0], []
         for name, points in series.items():
-            color, marker = _mix(looks[name].color, paper.lift), looks[name].marker
+            color, marker = looks[name].on(paper), looks[name].marker
             front = pareto_front([(p.x, p.y) for p in points])
             line = sorted((p.x, p.y) for p, on in zip(points, front, strict=True) if on)
             axes.plot(*zip(*line, strict=True), color=color, linewidth=1.4, alpha=0.8, zorder=3)
@@ -410,13 +415,13 @@ def plot_curves(
                 series, reference = panels[name].get(block[column], ({}, None))
                 beside = [(reference.x, reference.y, "", paper.ink)] if reference else []
                 for label, points in series.items():
-                    color = _mix(looks[label].color, paper.lift)
+                    color = looks[label].on(paper)
                     shown.setdefault(label, (color, looks[label].marker))
                     joined = sorted((p.x, p.y) for p in [*points, *([reference] if reference else [])])
                     axes.plot(*zip(*joined, strict=True), color=color, linewidth=1.2, alpha=0.7, zorder=3)
                     for point in points:
                         look = point.look or looks[label]
-                        _draw(axes, point, _mix(look.color, paper.lift), look.marker, 5)
+                        _draw(axes, point, look.on(paper), look.marker, 5)
                         beside.append((point.x, point.y, point.text, color))
                 if reference is not None:
                     _draw(axes, reference, paper.ink, "*", 9)

@@ -310,7 +310,7 @@ def _short(value) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A set of objectives and the points that belong to it, in the order of series and weights."""
+    """A set of objectives and the points that belong to it: the reference, MAVIS, the others, by series and weights."""
 
     label: str
     dataset: str
@@ -389,8 +389,9 @@ def sections_of(points: Sequence[Point], objectives: Sequence[str] | None = None
 
             def place(p, chosen=chosen, names=names):
                 beta = p.settings.get("beta") or 0
+                first = (p.method != "reference", not p.method.startswith("mavis"), not p.weights)
                 number = (p.method, beta, p.settings.get("num_samples", 1))
-                return bool(p.weights), number, names[p.key], [-p.weights.get(o, 0.0) for o in chosen]
+                return first, number, names[p.key], [-p.weights.get(o, 0.0) for o in chosen]
 
             inside.sort(key=place)
             if inside:
@@ -511,8 +512,7 @@ def between_methods(section: Section, wanted: Sequence[tuple[str, str]] | None =
         found = [(a, b) for x, y in wanted for a in section.points for b in section.points
                  if section.matches(a, x) and section.matches(b, y) and section.name(a) != section.name(b)]  # fmt: skip
     else:
-        points = sorted(section.compared, key=lambda p: not p.method.startswith("mavis"))
-        found = [(a, b) for a, b in itertools.combinations(points, 2) if section.name(a) != section.name(b)]
+        found = [(a, b) for a, b in itertools.combinations(section.compared, 2) if section.name(a) != section.name(b)]
     same = [(a, b) for a, b in found if a.weights == b.weights or not (a.weights and b.weights)]
     return [row for a, b in same for row in compare(section, a, b)]
 
@@ -545,7 +545,7 @@ def at_equal_kl(section: Section) -> list[dict]:
     rows = []
     tracked = [p for p in section.compared if p.tracks_kl]
     start = [section.reference] if section.reference and section.reference.tracks_kl else []
-    for point in sorted(tracked, key=lambda p: not p.method.startswith("mavis")):
+    for point in tracked:
         for family, others in grouped([p for p in tracked if section.family(p) != section.family(point)],
                                       section.family):  # fmt: skip
             for weights, rivals in _rivals(point, others):
