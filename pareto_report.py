@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 
-from utils.cli import UsageError, run
+from utils.cli import UsageError, check_wandb, run
 
 
 def build_parser() -> ArgumentParser:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils import report_pages, reports, tracking
 
-    tracking.check(args.wandb)
+    check_wandb(args.wandb)
     points, left_out = reports.load_points(args.runs)
     sections = reports.sections_of(points, objectives)
     _check_names(args.compare or [], sections)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     for text in left_out:
         print(f"left out: {text}")
     print(f"report: {output_dir / 'report.md'} (numbers: report.json)\npage: {output_dir / 'report.html'}")
-    with tracking.Tracker(args.wandb, "pareto_report", str(output_dir), {"runs": args.runs}) as tracker:
+    with tracking.Tracker(args.wandb, "pareto_report", settings={"runs": args.runs}) as tracker:
         for report, stem in zip(made, _stems(sections), strict=True):
             tracker.images({f.name.removesuffix(".png"): output_dir / f.name for f in report.figures})
             for table in report_pages.tables_of(report):

@@ -48,7 +48,7 @@ from utils.runs import (
 )
 
 GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
-ALWAYS_NAMED = ("beta", "num_samples")  # settings that a series' name says even where all points share them
+ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them
 WEIGHTED = "weighted reward"
 
 
@@ -171,8 +171,12 @@ class Point:
     @property
     def settings(self) -> dict:
         """What tells this point's series from others: everything that determines the result but the weights."""
-        arguments = {k: v for k, v in self.arguments["arguments"].items() if k != "seed"}
-        return {**self.arguments["series"], **arguments, "num_trials": self.arguments["num_trials"]}
+        arguments, series = self.arguments["arguments"], self.arguments["series"]
+        if "kl_search" in self.arguments:  # each point of such a front has a beta of its own
+            budget = self.arguments["kl_search"]["budget"]
+            series = {"kl_budget": budget} | {k: v for k, v in series.items() if k != "beta"}
+        arguments = {k: v for k, v in arguments.items() if k != "seed"}
+        return {**series, **arguments, "num_trials": self.arguments["num_trials"]}
 
 
 def read_run(folder: Path, arguments: dict) -> RunRecord:
@@ -388,7 +392,7 @@ def sections_of(points: Sequence[Point], objectives: Sequence[str] | None = None
             inside = [p for p in group if set(p.weights) <= set(chosen)]
 
             def place(p, chosen=chosen, names=names):
-                beta = p.settings.get("beta") or 0
+                beta = p.settings.get("beta") or p.settings.get("kl_budget") or 0
                 first = (p.method != "reference", not p.method.startswith("mavis"), not p.weights)
                 number = (p.method, beta, p.settings.get("num_samples", 1))
                 return first, number, names[p.key], [-p.weights.get(o, 0.0) for o in chosen]
@@ -403,7 +407,7 @@ def unequal_settings(section: Section) -> list[str]:
     """What makes the points of a section hard to compare: settings of decoding, prompts, seeds or rewards."""
     notes = []
     settings = [p.settings | {"prompts": spans(p.table.index), "seeds": spans(p.by_seed)} for p in section.points]
-    for key in ("seeds", "topk", "temperature", "max_new_tokens", "num_trials", "prompts"):
+    for key in ("seeds", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"):
         values = {str(s.get(key)) for s in settings}
         if len(values) > 1:
             notes.append(f"the runs differ in {key}: {'; '.join(sorted(values))}")

@@ -6,22 +6,15 @@ environment to say: WANDB_MODE (online, offline, disabled), WANDB_DIR, WANDB_PRO
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from utils.cli import DataError
+from utils.cli import DataError, check_wandb
 
 PROJECT = "mavis"
-
-
-def check(wanted: bool) -> None:
-    """Raise a DataError where --wandb was given and the package is not installed: before hours of work, not after."""
-    if wanted and importlib.util.find_spec("wandb") is None:
-        raise DataError("--wandb needs the package wandb: pip install wandb, or leave --wandb out")
 
 
 class Tracker:
@@ -30,7 +23,7 @@ class Tracker:
     Args:
         wanted: --wandb, and in this process (only the main one of several logs).
         stage: the script's name without .py, which groups the runs.
-        name: the run's name, e.g. what the stage makes.
+        name: the run's name, e.g. what the stage makes (default: the stage's).
         settings: plain data that is kept with the run: arguments, models, places.
 
     Raises:
@@ -39,7 +32,7 @@ class Tracker:
 
     def __init__(self, wanted: bool, stage: str, name: str = "", settings: Mapping[str, Any] | None = None):
         self.run = None
-        check(wanted)
+        check_wandb(wanted)
         if not wanted:
             return
         import wandb
@@ -47,7 +40,7 @@ class Tracker:
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=f"{stage} {name}".strip(),
+                name=name or stage,
                 job_type=stage,
                 config=dict(settings or {}),
             )
@@ -79,12 +72,17 @@ class Tracker:
 
             self.run.log({name: wandb.Image(str(file)) for name, file in files.items()})
 
+    def finish(self, *, failed: bool = False) -> None:
+        """End the run; what comes later goes nowhere."""
+        if self.run is not None:
+            self.run.finish(exit_code=int(failed))
+            self.run = None
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self.run is not None:
-            self.run.finish(exit_code=0 if kind is None else 1)
+        self.finish(failed=kind is not None)
 
 
 def _flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
