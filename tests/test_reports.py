@@ -18,7 +18,7 @@ import yaml
 import pareto_report
 from tests.runs_for_tests import LABEL, make_run, make_world
 from utils.cli import DataError, UsageError
-from utils.report_pages import Table, fenced, markdown_table
+from utils.report_pages import Table, fenced, markdown_table, shortened
 from utils.reports import at_equal_kl, between_methods, load_points, point_rows, sections_of, series_names, spans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -516,6 +516,17 @@ def test_a_given_reference_point_is_used(tmp_path):
 def test_text_and_tables_survive_markdown():
     assert fenced("a ``` b") == "````text\na ``` b\n````\n" and fenced("x").startswith("```text\n")
     assert "a\\|b" in markdown_table(Table("t", "", ["h"], [["a|b"]]))
+
+
+def test_a_long_table_is_cut_and_says_so():
+    body = [["a", "b", score] for score in ("help", "weighted reward") for _ in range(7)]
+    table = Table("t", "Note.", ["method", "less", "reward"], body)
+    assert shortened(table, 14) is table
+    short = shortened(table, 10)
+    assert short.body == body[7:] and short.note == (
+        "Note. Shown are 7 of 14 rows; report.html and report.json have all."
+    )
+    assert len(shortened(table, 5).body) == 5
 
 
 def test_named_methods_are_compared_and_no_others(tmp_path, capsys):

@@ -212,6 +212,7 @@ def equal_kl(kl, reward, curve_kl, curve_reward, draws: int = DRAWS, seed: int =
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 COLUMNS = 6  # panels beside each other; more would be too small to read
+CROWD = 24  # points in a front beyond which not each has its text, and intervals are fainter
 
 
 @dataclass(frozen=True)
@@ -294,12 +295,15 @@ def _style(axes, x_label: str, y_label: str, size: float = 11) -> None:
     axes.margins(0.08)
 
 
-def _draw(axes, point: PlotPoint, color: str, marker: str, size: float, *, filled: bool = True) -> None:
+def _draw(
+    axes, point: PlotPoint, color: str, marker: str, size: float, *, filled: bool = True, faint: bool = False
+) -> None:
     """A point on its cross of intervals."""
     for low, high, horizontal in ((*point.x_interval, True), (*point.y_interval, False)):
         if math.isfinite(low) and math.isfinite(high):
             ends = ([low, high], [point.y] * 2) if horizontal else ([point.x] * 2, [low, high])
-            axes.plot(*ends, color=color, linewidth=0.9, alpha=0.5, solid_capstyle="butt", zorder=2)
+            alpha = 0.2 if faint else 0.5
+            axes.plot(*ends, color=color, linewidth=0.9, alpha=alpha, solid_capstyle="butt", zorder=2)
     face = color if filled else axes.get_facecolor()
     axes.plot(point.x, point.y, marker, color=color, markersize=size, zorder=4, markerfacecolor=face)
 
@@ -357,21 +361,27 @@ def plot_front(
 ) -> None:
     """Mean rewards of two objectives: each series in its look, its own front as a line, intervals as crosses.
 
-    Points that another point of their series dominates are hollow and off the line.
+    Points that another point of their series dominates are hollow and off the line. In a crowd of points only the ends
+    of each series and what no point dominates have their text.
 
     Args:
         file: a path or a stream; what is written is PNG.
     """
     with _canvas(file, theme, 7.4, 6.4) as (figure, grid, paper):
         axes, texts = grid[0, 0], []
+        everything = [p for points in series.values() for p in points]
+        crowd = len(everything) > CROWD
+        front = pareto_front([(p.x, p.y) for p in everything]) if crowd else []
+        best = {id(p) for p, on in zip(everything, front, strict=crowd) if on}
         for name, points in series.items():
             color, marker = looks[name].on(paper), looks[name].marker
             front = pareto_front([(p.x, p.y) for p in points])
             line = sorted((p.x, p.y) for p, on in zip(points, front, strict=True) if on)
             axes.plot(*zip(*line, strict=True), color=color, linewidth=1.4, alpha=0.8, zorder=3)
             for point, on in zip(points, front, strict=True):
-                _draw(axes, point, color, marker, 7, filled=bool(on))
-                texts.append((point.x, point.y, point.text, color))
+                _draw(axes, point, color, marker, 7, filled=bool(on), faint=crowd)
+                told = not crowd or id(point) in best or point is points[0] or point is points[-1]
+                texts.append((point.x, point.y, point.text if told else "", color))
             axes.plot([], [], marker=marker, color=color, markersize=7, label=name)
         if reference is not None:
             _draw(axes, reference, paper.ink, "*", 13)

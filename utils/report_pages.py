@@ -18,7 +18,7 @@ from pathlib import Path
 from utils.reports import GENERATED, WEIGHTED, Figure, Point, Section, SectionReport, grouped, plain
 from utils.runs import describe_weights, write_atomically
 
-MARKDOWN_PROMPTS = 3
+MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and of long tables of differences
 TEMPLATE = Path(__file__).with_name("report_page.html")
 
 MAIN_NOTE = (
@@ -195,6 +195,18 @@ def tables_of(report: SectionReport) -> list[Table]:
     return [t for t in tables if t.body or t.title == "Hypervolume" and report.section.compared]
 
 
+def shortened(table: Table, rows: int) -> Table:
+    """A table of at most `rows` rows: of too many differences the weighted rewards', and of too many of those some."""
+    if len(table.body) <= rows:
+        return table
+    body = table.body
+    if "reward" in table.header:
+        place = table.header.index("reward")
+        body = [line for line in body if line[place] == WEIGHTED] or body
+    note = f"{table.note} Shown are {len(body[:rows])} of {len(table.body)} rows; report.html and report.json have all."
+    return Table(table.title, note, table.header, body[:rows])
+
+
 def text_table(table: Table) -> str:
     widths = [max(len(line[i]) for line in [table.header, *table.body]) for i in range(len(table.header))]
     lines = (
@@ -226,8 +238,9 @@ def markdown(report: SectionReport) -> str:
     for figure in report.figures:
         parts.append(f"![{figure.name}]({figure.name})\n\n*{figure.caption}*\n")
     for table in tables_of(report):
-        parts.append(f"### {table.title}\n\n{table.note}\n")
-        parts += [markdown_table(table)] if table.body else []
+        short = table if table.title == "Points" else shortened(table, MARKDOWN_ROWS)
+        parts.append(f"### {short.title}\n\n{short.note}\n")
+        parts += [markdown_table(short)] if short.body else []
     parts.append(f"### Samples\n\n{samples_markdown(report.section)}")
     return "\n".join(parts)
 
