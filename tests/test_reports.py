@@ -341,7 +341,9 @@ def test_the_page_shows_answers_by_weight_with_their_figures(world):
     assert text.count('class="prompt"') == 20
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} {{0}} & \"'</div></details>`|"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} {{0}} & \"'</div></details>`|$\\x$"
+)
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -279,7 +279,7 @@ def _canvas(file, theme: str, width: float, height: float, rows: int = 1, column
     look = THEMES[theme]
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
     colors = dict.fromkeys(names, look.ink) | {"figure.facecolor": look.paper, "axes.facecolor": look.paper}
-    with matplotlib.rc_context(colors | {"grid.color": look.grid}):
+    with matplotlib.rc_context(colors | {"grid.color": look.grid, "text.parse_math": False}):  # a $ in a name is one
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, squeeze=False), look

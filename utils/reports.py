@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -617,7 +618,7 @@ def figures_of(section: Section, stem: str) -> list[Figure]:
     looks = looks_of(
         {f: list(dict.fromkeys(map(section.name, ps))) for f, ps in grouped(section.compared, section.family)}
     )
-    title = "\n".join(t for t in (section.title, section.label) if t)
+    title = "\n".join(textwrap.fill(t, 70) for t in (section.title, section.label) if t)
     figures = []
     for x, y in itertools.combinations(section.objectives, 2):
         series = {name: [_front_point(p, x, y) for p in points] for name, points in section.series.items()}
