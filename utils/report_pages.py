@@ -22,12 +22,12 @@ MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and o
 TEMPLATE = Path(__file__).with_name("report_page.html")
 
 MAIN_NOTE = (
-    "Mean rewards with 95 % bootstrap intervals over prompts (2,000 resamples). KL is the mean log-ratio of an answer to the reference's "
-    "full softmax, with its standard error; for best of N it is an upper bound. Seconds are decoding alone, in "
-    "batches, and like tokens they are per prompt and trial; generated counts every candidate's tokens. log p_ref is "
-    "the reference's log-probability per token. Dominated: another row is at least as good in every objective of this "
-    "section and better in one. The intervals are each row's alone; rows on the same prompts are compared by the "
-    "paired differences below."
+    "Mean rewards with 95 % bootstrap intervals over prompts (2,000 resamples). KL is the mean log-ratio of an answer to "
+    "the reference's full softmax, with its standard error; for best of N it is an upper bound. Seconds are decoding "
+    "alone, in batches, and like tokens they are per prompt and trial; generated counts every candidate's tokens. log "
+    "p_ref is the reference's log-probability per token. Dominated: another row is at least as good in every objective "
+    "of this section and better in one. The intervals are each row's alone; rows on the same prompts are compared by "
+    "the paired differences below."
 )
 SEEDS_NOTE = (
     "Spread over seeds: the standard deviation of the seeds' means, over the prompts that all seeds of a row answered."
