@@ -22,8 +22,8 @@ MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and o
 TEMPLATE = Path(__file__).with_name("report_page.html")
 
 MAIN_NOTE = (
-    "Mean rewards with 95 % bootstrap intervals over prompts (2,000 resamples). KL is the mean log-ratio of an answer to "
-    "the reference's full softmax, with its standard error; for best of N it is an upper bound. Seconds are decoding "
+    "Mean rewards with 95 % bootstrap intervals over prompts (2,000 resamples). KL is the mean log-ratio of an answer "
+    "to the reference's full softmax, with its standard error; for best of N it is a bound. Seconds are decoding "
     "alone, in batches, and like tokens they are per prompt and trial; generated counts every candidate's tokens. log "
     "p_ref is the reference's log-probability per token. Dominated: another row is at least as good in every objective "
     "of this section and better in one. The intervals are each row's alone; rows on the same prompts are compared by "
@@ -76,27 +76,32 @@ class Table:
 
 
 def main_table(report: SectionReport) -> Table:
-    """Every point of the section; all rewards and judges' scores that some have, the section's objectives first."""
-    rows = report.rows
-    scores = list(dict.fromkeys([*report.section.objectives, *(s for r in rows for s in r["rewards"])]))
-    header = ["method", "weights", "prompts", *scores, "KL", "s/prompt", "tokens", "generated", "distinct",
-              "log p_ref", "dominated"]  # fmt: skip
+    """Every point: the section's objectives, KL and price; then all other rewards and judges' scores, and fluency."""
+    rows, own = report.rows, list(report.section.objectives)
+    others = list(dict.fromkeys(s for r in rows for s in r["rewards"] if s not in own))
+
+    def cells(row, scores):
+        return (interval(row["rewards"][s]) if s in row["rewards"] else "-" for s in scores)
+
+    header = ["method", "weights", "prompts", *own, "KL", "s/prompt", "tokens", "generated", "dominated", *others,
+              "distinct", "log p_ref"]  # fmt: skip
     body = []
     for r in rows:
-        own = ", in its series" if r["dominated_in_series"] else ""
+        in_series = ", in its series" if r["dominated_in_series"] else ""
         body.append(
             [
                 r["series"],
                 describe_weights(r["weights"]) or "-",
                 str(r["prompts"]) + (f" x {len(r['seeds'])} seeds" if len(r["seeds"]) > 1 else ""),
-                *(interval(r["rewards"][s]) if s in r["rewards"] else "-" for s in scores),
+                *cells(r, own),
                 kl_text(r),
                 number(r["seconds_per_prompt"]),
                 number(r["tokens"], 1),
                 number(r[GENERATED], 1),
+                f"yes{in_series}" if r["dominated"] else "",
+                *cells(r, others),
                 number(r["distinct"]),
                 number(r["reference_log_prob"], 2),
-                f"yes{own}" if r["dominated"] else "",
             ]
         )
     return Table("Points", MAIN_NOTE, header, body)
