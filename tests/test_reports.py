@@ -249,6 +249,11 @@ def test_rewards_at_equal_kl_come_back_from_the_files(world):
             assert row["left_kl"] == pytest.approx(max(v for v in x if v <= kl)) and row["bound"] == "exact"
     rows = [r for r in section["at_equal_kl"] if r["b"] == "best of N"]
     assert rows and all(r["bound"] == "at most" for r in rows)  # best of N's KL is at most what is drawn
+    (row,) = [r for r in rows if r["a"] == "mavis, beta 2" and r["weights"] == weights]
+    (x0, y0), (x1, y1) = place(runs["reference",]), place(runs["best of 16", 0.6, 0.4])
+    kl, reward = place(runs["mavis, beta 2", 0.6, 0.4])
+    expected = reward - np.interp(kl, [x0, x1 + math.log(16) - 15 / 16], [y0, y1])
+    assert row["difference"] == pytest.approx(expected) and row["low"] < expected < row["high"]
     # best of 16 never gets as far as beta 4: nothing is claimed
     assert all(r["difference"] is None for r in rows if r["a"] == "mavis, beta 4")
 
