@@ -34,7 +34,7 @@ SEEDS_NOTE = (
 )
 EQUAL_KL_NOTE = (
     "Weighted reward of each point less another method's at the same weights and KL, read on straight lines through "
-    "the reference and the other method's points; `between` are the measured KLs that the line joins. The intervals "
+    "the reference and the other method's points; between are the measured KLs that such a line joins. The intervals "
     "are over prompts alone: they do not know how the reward bends between measured points. Where it bends downwards, "
     "as it usually does, a line lies too low and favours the point that is compared with it, the more so the further "
     "apart the measured KLs are. So a method is ahead only where both directions say so. Best of N's KL is an upper "
