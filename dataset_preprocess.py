@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from utils.models import load_tokenizer
+    from utils.tracking import Tracker
 
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
@@ -68,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     prompts, counts = data.build_prompts(spec, rows, tokenizer, hash_range=source.hash_range)
     data.write_prompts(output, prompts)
 
+    with Tracker(args.wandb, "dataset_preprocess", f"{spec.name}_{args.split}", {"rows from": origin}) as tracker:
+        tracker.summary(counts)
+        tracker.table("prompts", ["prompt"], [[prompt] for prompt in prompts[:100]])
     print(f"{spec.name} {args.split}, from {origin}")
     for reason, count in counts.items():
         print(f"{count:>9,}  {reason}")

@@ -29,8 +29,14 @@ def main(argv: list[str] | None = None) -> int:
         cli.report_dry_run([("judges", str(folder), "made by this stage")])
         return 0
     from utils.judge import fit_judges
+    from utils.tracking import Tracker
 
     judges = fit_judges(config, dataset)
+    with Tracker(args.wandb, "fit_judges", dataset.name) as tracker:
+        for name, judge in judges.items():
+            ranked = sorted(zip(judge.weight.tolist(), judge.vocabulary, strict=True))
+            tracker.summary({f"{name}/words": len(ranked)})
+            tracker.table(f"{name}/heaviest words", ["weight", "word"], [*ranked[:20], *ranked[-20:]])
     print(f"judges of {', '.join(judges) or 'no objective'} in {folder}")
     return 0
 

@@ -46,19 +46,22 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils import models
     from utils.token_table import fit_and_report, save_token_table, split_trees
+    from utils.tracking import Tracker
 
     path, _ = models.reference_path(config, dataset)
     vocab_size = models.resolved_config(path).vocab_size
     train, val = split_trees(args.data_dir)
-    for name in objectives:
-        table, report = fit_and_report(train, val, name, vocab_size, args.l2)
-        path = output / f"{name}.safetensors"
-        save_token_table(path, table, report)
-        print(
-            f"{name}: within a prompt, tokens explain {report['r2_within']:.2f} of the reward's variance on "
-            f"{report['val_trees']} held-out trees (correlation {report['correlation_within']:.2f}; "
-            f"{report['train_trees']} trees fitted, l2 {report['l2']:g}); saved {path}"
-        )
+    with Tracker(args.wandb, "fit_token_table", settings={"data_dir": str(args.data_dir)}) as tracker:
+        for name in objectives:
+            table, report = fit_and_report(train, val, name, vocab_size, args.l2)
+            path = output / f"{name}.safetensors"
+            save_token_table(path, table, report)
+            tracker.summary({name: report})
+            print(
+                f"{name}: within a prompt, tokens explain {report['r2_within']:.2f} of the reward's variance on "
+                f"{report['val_trees']} held-out trees (correlation {report['correlation_within']:.2f}; "
+                f"{report['train_trees']} trees fitted, l2 {report['l2']:g}); saved {path}"
+            )
     return 0
 
 

@@ -65,21 +65,26 @@ def main(argv: list[str] | None = None) -> int:
     from utils.labelling import label_softly, label_trees, variance_within
     from utils.models import load_tokenizer, pick_device
     from utils.rewards import RewardSet
+    from utils.tracking import Tracker
 
     rewards = RewardSet(
         config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16
     )
     tokenizer = load_tokenizer(config.sft_path(dataset))
-    labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
-    if args.soft:
-        _report_soft(label_softly(args.data_dir, args.log_ratio), args.log_ratio)
-    trees = list(read_trees(args.data_dir))
+    with Tracker(args.wandb, "label_tree", settings={"data_dir": str(args.data_dir)}) as tracker:
+        labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
+        if args.soft:
+            _report_soft(label_softly(args.data_dir, args.log_ratio), args.log_ratio)
+        trees = list(read_trees(args.data_dir))
+        spread = {name: variance_within(trees, name) for name in objectives}
+        tracker.summary({"trees": len(trees), "labelled": labelled, "leaves": sum(len(t.leaves) for t in trees)})
+        for name, (total, within) in spread.items():
+            tracker.summary({name: {"standard_deviation": total**0.5, "share_within_prompt": within}})
     print(
         f"{labelled} trees labelled, {len(trees) - labelled} had their values; "
         f"{sum(len(t.leaves) for t in trees)} leaves"
     )
-    for name in objectives:
-        total, within = variance_within(trees, name)
+    for name, (total, within) in spread.items():
         print(
             f"  {name}: standard deviation of the leaves {total**0.5:.3f}, "
             f"share of the variance within a prompt {within:.2f}"

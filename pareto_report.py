@@ -1,16 +1,19 @@
-"""Compare runs: fronts, hypervolume, rewards at equal KL, differences to the reference, samples.
+"""Compare runs: fronts, hypervolume, rewards at equal KL, paired differences, samples beside each other.
 
     python pareto_report.py mavis_logs baseline_logs baseline_bon_logs --output_dir report
+    python pareto_report.py mavis_logs baseline_logs --compare mavis "token table"
 
-Reads run folders alone (args.yaml, rewards.csv, samples.jsonl); no model is needed. Writes report.md with its tables
-and figures, and report.json with the same numbers, for every pair of objectives that the runs' weights span.
+Reads run folders alone (args.yaml, rewards.csv, samples.jsonl); no model is needed. Writes, for every pair of
+objectives that the runs' weights span, report.html (one file with figures, tables and unedited answers by weight, to be
+opened in any browser, offline), report.md with its figures beside it, and report.json with the same numbers. Runs that
+differ in their seed alone, and parts of one evaluation (--start_index), are one point.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 
-from utils.cli import UsageError, run
+from utils.cli import UsageError, check_wandb, run
 
 
 def build_parser() -> ArgumentParser:
@@ -25,6 +28,18 @@ def build_parser() -> ArgumentParser:
         help="of the hypervolume, a number per objective, e.g. --reference_point=-1,0 (default: the worst mean of each "
         "objective among the runs, less a tenth of the range)",
     )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        action="append",
+        metavar=("A", "B"),
+        help="differences A - B of two methods or series, as the table names them, at the same weights; may be "
+        "repeated (default: all pairs)",
+    )
+    parser.add_argument("--prompts", type=int, default=50, help="prompts whose answers report.html shows (default: 50)")
+    parser.add_argument(
+        "--wandb", action=BooleanOptionalAction, default=False, help="log tables and figures to Weights & Biases"
+    )
     return parser
 
 
@@ -34,46 +49,64 @@ def main(argv: list[str] | None = None) -> int:
     if objectives is not None and (len(set(objectives)) != len(objectives) or len(objectives) < 2):
         raise UsageError(f"--objectives {args.objectives!r}: give at least two different objectives, e.g. help,harm")
     point = _numbers(args.reference_point, objectives)
+    if args.prompts < 0:
+        raise UsageError(f"--prompts must be at least 0, got {args.prompts}")
 
-    import json
-    import re
     from pathlib import Path
 
-    from utils.reports import load_runs, main_table, plain, report_section, sections_of, text_table
-    from utils.runs import write_atomically
+    from utils import report_pages, reports, tracking
 
-    runs, left_out = load_runs(args.runs)
-    sections = sections_of(runs, objectives)
+    check_wandb(args.wandb)
+    points, left_out = reports.load_points(args.runs)
+    sections = reports.sections_of(points, objectives)
+    _check_names(args.compare or [], sections)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    labels = list(dict.fromkeys(s.label for s in sections))
-    reports = []
-    for section in sections:
-        parts = [section.dataset, *section.objectives]
-        if len(labels) > 1:
-            parts.insert(0, f"{labels.index(section.label) + 1}")
-        stem = re.sub(r"[^\w-]+", "-", "_".join(parts))
-        reports.append(report_section(section, output_dir, stem, point))
+    made = [
+        reports.report_section(s, stem, point, args.compare) for s, stem in zip(sections, _stems(sections), strict=True)
+    ]
 
-    title = "# Pareto report" + (f": {'; '.join(filter(None, labels))}" if any(labels) else "")
-    parts = [title + "\n", *(r.markdown() for r in reports)]
-    if left_out:
-        parts.append("## Left out\n\n" + "".join(f"- {text}\n" for text in left_out))
-    write_atomically(output_dir / "report.md", "\n".join(parts))
-    data = {"sections": [r.as_dict() for r in reports], "left_out": left_out}
-    write_atomically(output_dir / "report.json", json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
-
-    for report in reports:
-        print(f"{report.section.title}" + (f"  [{report.section.label}]" if report.section.label else ""))
-        print(text_table(main_table(report.section, report.rows)))
-        print(report.hypervolume_text())
-        for row in report.hypervolume["series"]:
-            print(f"  {row['series']}: {row['hypervolume']:.4f} ({row['points']} points)")
-        print("".join(f"note: {note}\n" for note in report.notes))
+    labels = list(dict.fromkeys(filter(None, (s.label for s in sections))))
+    title = "Pareto report" + (f": {'; '.join(labels)}" if labels else "")
+    report_pages.write(output_dir, title, made, left_out, args.prompts)
+    for report in made:
+        print(report_pages.terminal(report))
     for text in left_out:
         print(f"left out: {text}")
-    print(f"report: {output_dir / 'report.md'}")
+    print(f"report: {output_dir / 'report.md'} (numbers: report.json)\npage: {output_dir / 'report.html'}")
+    with tracking.Tracker(args.wandb, "pareto_report", settings={"runs": args.runs}) as tracker:
+        for report, stem in zip(made, _stems(sections), strict=True):
+            tracker.images({f.name.removesuffix(".png"): output_dir / f.name for f in report.figures})
+            for table in report_pages.tables_of(report):
+                tracker.table(f"{stem}/{table.title}", table.header, table.body)
     return 0
+
+
+def _stems(sections) -> list[str]:
+    """What each section's files are called."""
+    import re
+
+    labels = list(dict.fromkeys(s.label for s in sections))
+    splits = {s.split for s in sections}
+    stems = []
+    for s in sections:
+        parts = [s.dataset, *s.objectives]
+        if len(splits) > 1:
+            parts.insert(1, s.split)
+        if len(labels) > 1:
+            parts.insert(0, f"{labels.index(s.label) + 1}")
+        stems.append(re.sub(r"[^\w-]+", "-", "_".join(parts)))
+    return stems
+
+
+def _check_names(pairs, sections) -> None:
+    """Raise a UsageError for a name of --compare that means no method here."""
+    from utils.config import nearest
+
+    known = list(dict.fromkeys(s.name(p) for s in sections for p in s.points))
+    for name in (name for pair in pairs for name in pair):
+        if not any(s.matches(p, name) for s in sections for p in s.points):
+            raise UsageError(f"--compare {name!r} names no method or series; {nearest(name, known)}")
 
 
 def _numbers(text: str | None, objectives: list[str] | None) -> list[float] | None:

@@ -46,9 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     from utils.hdf5_utils import split_folder
+    from utils.tracking import Tracker
 
     num_val = dataset.num_val_prompts if args.num_val is None else args.num_val
     train, val = split_folder(args.data_dir, output_dir, num_val)
+    with Tracker(args.wandb, "split_data", settings={"data_dir": str(args.data_dir)}) as tracker:
+        tracker.summary({"train": train, "val": val})
     print(f"{train} trees in {output_dir / 'train'}, {val} in {output_dir / 'val'}")
     return 0
 

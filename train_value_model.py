@@ -173,6 +173,7 @@ def main(argv=None) -> int:
         vocabulary_hash,
         vocabulary_size,
     )
+    from utils.tracking import Tracker
 
     accelerator = Accelerator(cpu=args.device == "cpu")
     device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
@@ -222,26 +223,17 @@ def main(argv=None) -> int:
     if spec.bf16 and not vt.bf16_is_fast(device):
         spec = dataclasses.replace(spec, bf16=False)
         accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
-    wandb = None
-    if args.wandb and accelerator.is_main_process:
-        import wandb as wandb_package
-
-        wandb = wandb_package.init(
-            project="mavis", name=f"value_{output.parent.name}_{objective.name}", config=settings
-        )
-    metrics = vt.train(
-        model, training, validation, spec, folder, accelerator=accelerator, device=device, say=accelerator.print,
-        log=lambda row: wandb.log({k: float(v) for k, v in row.items() if v != ""}) if wandb else None,
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
-        record = {"objective": objective.name, "label": config.label, "vocabulary": known,
-                  "pooling": config.value_model.pooling, **metrics}  # fmt: skip
-        vt.save_adapter(model, folder, record)
-        vt.publish(folder, output)
-    if wandb:
-        wandb.summary.update(vt.plain_json(metrics["validation"]))
-        wandb.finish()
+    wanted, name = args.wandb and accelerator.is_main_process, f"value_{output.parent.name}_{objective.name}"
+    with Tracker(wanted, "train_value_model", name, settings) as tracker:
+        metrics = vt.train(model, training, validation, spec, folder, accelerator=accelerator, device=device,
+                           say=accelerator.print, log=tracker.log)  # fmt: skip
+        if accelerator.is_main_process:
+            known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
+            record = {"objective": objective.name, "label": config.label, "vocabulary": known,
+                      "pooling": config.value_model.pooling, **metrics}  # fmt: skip
+            vt.save_adapter(model, folder, record)
+            vt.publish(folder, output)
+        tracker.summary(metrics)
     fit = metrics["validation"]
     accelerator.print(
         f"{output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "

@@ -25,8 +25,16 @@ def make_run(
     judge=False,
     label=LABEL,
     rerun=False,
+    topk=15,
+    split="test",
+    determining=None,
+    ask="question {}",
+    answer="```{}``` | answer\n{} to {}",
 ):
-    """One run folder; each objective's mean is `gain` times the root of its weight, prompts share their own level."""
+    """One run folder; each objective's mean is `gain` times the root of its weight, prompts share their own level.
+
+    `ask` makes the prompt of an index, `answer` the response of a method, a trial and an index.
+    """
     weights = weights or {}
     level = np.random.default_rng(123).normal(size=(max(prompts) + 1, len(OBJECTIVES)))
     parts = [seed, *method.encode(), int(10 * (beta or 0))]
@@ -42,7 +50,15 @@ def make_run(
         series=series,
         indices=tuple(prompts),
         num_trials=trials,
-        arguments={"seed": seed, "topk": 15, "temperature": 1.0, "num_samples": num_samples, "track_KL": track},
+        arguments={
+            "data_split": split,
+            "seed": seed,
+            "topk": topk,
+            "temperature": 1.0,
+            "num_samples": num_samples,
+            "track_KL": track,
+        },  # fmt: skip
+        determining=determining or {},
         configuration={"label": label, "datasets": {"anthropic": {"objectives": list(OBJECTIVES)}}},
         kl_added=float(np.log(num_samples) - (num_samples - 1) / num_samples),
     )
@@ -52,15 +68,17 @@ def make_run(
             noise = rng.normal(size=len(OBJECTIVES)) * 0.5
             rewards = {o: float(level[index, m] + noise[m] + shift[o]) for m, o in enumerate(OBJECTIVES)}
             row = {
-                "index": index, "trial": trial, "prompt": f"\n\nHuman: question {index}\n\nAssistant: ",
-                "response": f"```{method}``` | answer\n{trial} to {index}", "rewards": rewards,
+                "index": index, "trial": trial, "prompt": f"\n\nHuman: {ask.format(index)}\n\nAssistant: ",
+                "response": answer.format(method, trial, index), "rewards": rewards,
             }  # fmt: skip
             if judge:
                 row["extra"] = {"judge_help": rewards["help"] + float(noise[0])}
             if track:
                 row["log_ratio"] = float(kl + 0.3 * rng.normal())
-            row |= {"reference_log_prob": -20.0, "tokens": 10, "generated_tokens": 10 * num_samples, "distinct": 0.8,
-                    "finished": trial == 0, "num_candidates": num_samples, "seconds": 0.25 * num_samples}  # fmt: skip
+            tokens = 10 + index % 3
+            row |= {"reference_log_prob": -20.0, "tokens": tokens, "generated_tokens": tokens * num_samples,
+                    "distinct": 0.8, "finished": trial == 0, "num_candidates": num_samples,
+                    "seconds": 0.25 * num_samples + 0.01 * (index % 5)}  # fmt: skip
             rows.append(row)
     with open_run(workspace, spec, rerun=rerun) as run:
         run.append(rows if finish else rows[:-1])

@@ -259,6 +259,7 @@ def test_the_report_reads_what_the_scripts_wrote(script, capsys):
     printed = capsys.readouterr().out
     assert "toy: low and even  [toy]" in printed and "mavis, beta 2: " in printed and "(3 points)" in printed
     assert sorted(f.name for f in output.iterdir()) == [
+        "report.html",
         "report.json",
         "report.md",
         "toy_low_even_front.png",

@@ -476,22 +476,22 @@ def test_the_token_table_meets_the_same_budget_with_a_beta_of_its_own(script, ca
     assert all(abs(s["kl"] - 2.5) <= s["error"] for s in searches.values() if s["met"])
     assert capsys.readouterr().out.count("point 2 of 2: low 1\n") == 2
 
-    from utils.reports import load_runs, series_names
+    from utils.reports import load_points, series_names
 
-    runs, _ = load_runs([script.workspace])
+    runs, _ = load_points([script.workspace])
     names = set(series_names(runs).values())
     assert names == {"mavis, kl_budget 2.5", "token table, kl_budget 2.5"}, "one front, though its betas differ"
 
 
 def test_a_run_by_hand_that_meets_a_budget_stays_in_the_front_of_its_beta(script, capsys):
     import pareto_report
-    from utils.reports import load_runs, series_names
+    from utils.reports import load_points, series_names
 
     script("mavis", "--front", "low,even", "--points", 2, "--beta", 1, *SEARCH)
     folder = by_point(script)[(("low", 1.0),), 1.0]
     budget = sum(s["log_ratio"] for s in read_samples(folder) if s["trial"] == 0) / 5
     script("mavis", "--obj_weights", "1", "--kl_budget", budget, *SEARCH)
-    runs, _ = load_runs([script.workspace])
+    runs, _ = load_points([script.workspace])
     assert len(runs) == 2 and read_arguments(folder)["kl_search"]["budget"] == budget
     assert set(series_names(runs).values()) == {"mavis, beta 1"}, "one front, as before the search"
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on a small base like the paper's: what the loss is on, resuming, merging, refusals."""
 
 import csv
+import importlib.util
 import json
 import math
 import sys
@@ -345,3 +346,17 @@ def test_merging_again_does_nothing_and_a_new_adapter_needs_rerun(world, capsys)
     merge(world, "--lora_name", "anthropic", "--rerun")
     assert {t.dtype for t in load_file(file).values()} == {torch.float32}
     assert math.isfinite(sum(t.sum().item() for t in load_file(file).values()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="no wandb installed")
+def test_the_trainers_curve_goes_into_the_stages_own_run(world, monkeypatch, tmp_path):
+    import wandb
+
+    opened, open_run = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(options) or open_run(**options))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    train(world, "--wandb")
+    (options,) = opened  # the trainer's callback found it and opened none
+    assert options["project"] == "mavis" and options["job_type"] == "sft" and options["config"]["lr"] == SMALL["lr"]
+    assert wandb.run is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 
@@ -39,8 +40,17 @@ def add_common(parser: ArgumentParser) -> None:
 
 
 def config_from(args: Namespace) -> Config:
-    """The configuration that the command line names."""
+    """The configuration that the command line names; every stage begins so, and learns here that --wandb cannot be."""
+    check_wandb(getattr(args, "wandb", False))
     return load_config(args.config, args.workspace)
+
+
+def check_wandb(wanted: bool) -> None:
+    """Raise a DataError where --wandb was given and the package is not installed: before hours of work, not after."""
+    import importlib.util
+
+    if wanted and importlib.util.find_spec("wandb") is None:
+        raise DataError("--wandb needs the package wandb: pip install wandb, or leave --wandb out")
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -166,10 +176,24 @@ def found(path: str, made_by: str = "") -> str:
 
 
 def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: str = "it"):
-    """A tqdm bar on stderr, quiet when stderr is no terminal."""
+    """A tqdm bar on stderr with what is done and the time left; quiet when stderr is no terminal.
+
+    `bar.tokens(n)` counts n more tokens, and shows how many there are per second.
+    """
     from tqdm import tqdm
 
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    class Bar(tqdm):
+        seen, began, shown = 0, time.monotonic(), 0.0
+
+        def tokens(self, count: int) -> None:
+            self.seen += count
+            now = time.monotonic()
+            if self.disable or now - self.shown < 0.5:
+                return
+            self.shown = now
+            self.set_postfix_str(f"{self.seen / max(now - self.began, 1e-9):,.0f} tokens/s")
+
+    return Bar(iterable, total=total, desc=desc, unit=unit, disable=not sys.stderr.isatty(), leave=False)
 
 
 def quiet_libraries() -> None:

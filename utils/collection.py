@@ -105,6 +105,7 @@ def collect(
     from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
     from utils.models import load_reference, pick_device
     from utils.runs import fingerprint
+    from utils.tracking import Tracker
 
     check_arguments(dataset, args)
     fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
@@ -143,8 +144,9 @@ def collect(
     def count(n: int) -> None:
         nonlocal tokens
         tokens += n
-        bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s", refresh=False)
+        bar.tokens(n)
 
+    tracker = Tracker(False, "")
     if missing:
         device = pick_device(args.device)
         reference, tokenizer = load_reference(config, dataset, device)
@@ -156,6 +158,7 @@ def collect(
                 f"{decoder.context} tokens"
             )
         encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], room)
+        tracker = Tracker(args.wandb, f"trees_{policy['policy']}", f"trees_{output_dir.name}", made_with)
         claim_collection(output_dir, made_with)  # not before everything is loaded: a failure leaves no folder
     try:
         for first in range(0, len(missing), CHUNK):
@@ -176,9 +179,13 @@ def collect(
                     grown += 1
                     write_tree(output_dir, tree)
                 bar.update(1)
+            rate = tokens / max(time.time() - began, 1e-9)
+            tracker.log({"trees": grown, "discarded": discarded, "tokens": tokens, "tokens_per_second": rate})
     finally:
         bar.close()
         total = consolidate(output_dir)
+        tracker.summary({"trees_in_folder": total})
+        tracker.finish()
     seconds = time.time() - began
     print(
         f"{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.cli import DataError
+from utils.cli import DataError, progress
 from utils.config import Config, ConfigError, DatasetSpec, SourceSpec, nearest
 from utils.text_formats import NO_COLUMN, RowDropped, format_of, prompt_hash, shown_to_reference
 
@@ -323,7 +323,7 @@ def kept_rows(
         counts["kept"] = tally["kept"]
 
     try:
-        for row in rows:
+        for row in progress(rows, desc="rows", unit="row"):
             tally["rows read"] += 1
             try:
                 prompt = format_.prompt_of_row(row)

@@ -232,12 +232,9 @@ def evaluate(
     bar = progress(total=len(todo) * num_candidates, desc="answers", unit="answer")
 
     def tick(tokens: int) -> None:
-        nonlocal generated
-        generated += tokens
         bar.update()
-        bar.set_postfix_str(f"{generated / (time.perf_counter() - first):.0f} tokens/s", refresh=False)
+        bar.tokens(tokens)
 
-    generated, first = 0, time.perf_counter()
     for start in range(0, len(todo), chunk):
         part = todo[start : start + chunk]
         began = time.perf_counter()
@@ -631,13 +628,13 @@ def points_table(points: Sequence[Mapping[str, str]]) -> str:
 
 def log_to_wandb(run: Run, figures) -> None:
     """The rewards table and the summary, under the run folder's name."""
-    import pandas as pd
-    import wandb
+    from utils.runs import per_prompt
+    from utils.tracking import Tracker
 
-    arguments = read_arguments(run.folder)
-    with wandb.init(project="mavis", name=run.folder.name, config=arguments) as logged:
-        logged.log({"rewards": wandb.Table(dataframe=pd.read_csv(run.folder / "rewards.csv"))})
-        logged.summary.update({name: f.mean for name, f in figures.items() if math.isfinite(f.mean)})
+    arguments, rows = read_arguments(run.folder), per_prompt(run.samples)
+    with Tracker(True, arguments["method"], run.folder.name, arguments) as tracker:
+        tracker.table("rewards", list(rows[0]), [list(row.values()) for row in rows])
+        tracker.summary({name: figure.mean for name, figure in figures.items()})
 
 
 def answer_texts(points: Sequence[Settings], methods: Sequence[Method]) -> None:

@@ -34,6 +34,7 @@ def label_trees(
             texts = [leaf_texts(t, tokenizer) for t in todo]
             prompts = [t.prompt for t, leaves in zip(todo, texts, strict=True) for _ in leaves]
             scores = rewards.score(prompts, [text for leaves in texts for text in leaves])
+            bar.tokens(sum(len(t.response_tokens(n)) for t in todo for n in t.leaves))
             start = 0
             for i, tree in enumerate(todo):
                 leaves = tree.leaves

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -40,11 +40,15 @@ def pareto_front(points) -> np.ndarray:
 
 
 def hypervolume(points, reference_point) -> float:
-    """Volume of what the points (N, M) dominate and the reference point (M,) does not reach; exact.
+    """Volume of what the points (N, M) dominate and the reference point (M,) does not reach; exact (moocore's).
 
-    Points that are not above the reference point in every objective add nothing. Two objectives are a sweep; more are
-    sliced along the last one (exponential in M, fine for the tens of points of a front).
+    Points that are not above the reference point in every objective add nothing.
+
+    Raises:
+        ValueError: points that are not finite, or a reference point with another number of objectives.
     """
+    import moocore
+
     reference = np.asarray(reference_point, dtype=np.float64)
     if len(points) == 0:
         return 0.0
@@ -53,23 +57,8 @@ def hypervolume(points, reference_point) -> float:
         raise ValueError(
             f"the reference point has shape {reference.shape}, the points have {points.shape[1]} objectives"
         )
-    above = points[(points > reference).all(1)] - reference
-    return _volume(above)
-
-
-def _volume(points: np.ndarray) -> float:
-    """Volume between the origin and positive points (N, M)."""
-    if len(points) == 0:
-        return 0.0
-    if points.shape[1] == 1:
-        return float(points.max())
-    order = np.argsort(-points[:, -1], kind="stable")
-    points = points[order]
-    if points.shape[1] == 2:
-        reach = np.maximum.accumulate(points[:, 0])  # widest so far, from the highest point down
-        return float((reach * (points[:, 1] - np.append(points[1:, 1], 0.0))).sum())
-    heights = points[:, -1] - np.append(points[1:, -1], 0.0)
-    return sum(h * _volume(points[: i + 1, :-1]) for i, h in enumerate(heights) if h > 0)
+    above = points[(points > reference).all(1)]
+    return float(moocore.hypervolume(above, ref=reference, maximise=True)) if len(above) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- bootstrap
@@ -99,23 +88,27 @@ def mean_interval(values, level: float = LEVEL, draws: int = DRAWS, seed: int = 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences over the prompts that both runs have."""
+    """Mean of paired differences over the prompts that both have, and on how many of them the first is better."""
 
     mean: float
     error: float
     interval: tuple[float, float]
     prompts: int
+    wins: int
+    ties: int
+    losses: int
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """a - b over the prompt indices that both have: its mean, standard error and bootstrap interval."""
+    """a - b over the prompt indices that both have: its mean, standard error, bootstrap interval and counts."""
     shared = sorted(set(a) & set(b))
     difference = np.array([a[i] - b[i] for i in shared])
+    counts = (int((difference > 0).sum()), int((difference == 0).sum()), int((difference < 0).sum()))
     if len(difference) < 2:
         mean = float(difference.mean()) if len(difference) else math.nan
-        return Difference(mean, math.nan, (math.nan, math.nan), len(shared))
+        return Difference(mean, math.nan, (math.nan, math.nan), len(shared), *counts)
     error = float(difference.std(ddof=1) / math.sqrt(len(difference)))
-    return Difference(float(difference.mean()), error, mean_interval(difference), len(shared))
+    return Difference(float(difference.mean()), error, mean_interval(difference), len(shared), *counts)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -123,21 +116,21 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, draws: int = DRA
     return np.array([statistic(positions) for positions in resamples(n, draws, seed)])
 
 
-def hypervolume_interval(
-    tables, reference_point, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
-    """Hypervolume of runs' mean rewards and its interval, all runs resampled on the same prompts.
+def hypervolume_draws(tables, reference_point, draws: int = DRAWS, seed: int = 0) -> tuple[float, np.ndarray]:
+    """Hypervolume of runs' mean rewards, and its values (draws,) with all runs resampled on the same prompts.
+
+    Two calls with one seed resample the same prompts, so the differences of their values are paired.
 
     Args:
         tables: (runs, prompts, M) rewards, the same prompts in each run.
-        reference_point: (M,).
+        reference_point: (M,); it stays where it is in every resample.
     """
     tables = np.asarray(tables, dtype=np.float64)
     value = hypervolume(tables.mean(1), reference_point)
     if tables.shape[1] < 2:
-        return value, (math.nan, math.nan)
-    return value, percentiles(
-        bootstrap(lambda rows: hypervolume(tables[:, rows].mean(1), reference_point), tables.shape[1], draws, seed)
+        return value, np.full(draws, math.nan)
+    return value, bootstrap(
+        lambda rows: hypervolume(tables[:, rows].mean(1), reference_point), tables.shape[1], draws, seed
     )
 
 
@@ -148,66 +141,188 @@ def reference_point_of(points, margin: float = 0.1) -> np.ndarray:
     return low - margin * np.where(high > low, high - low, 1.0)
 
 
-def interpolate_at(kl: float, curve_kl, curve_reward) -> float:
-    """A method's reward at a KL, linear between its runs; nan outside the range of KL that they cover."""
-    order = np.argsort(curve_kl)
-    x, y = np.asarray(curve_kl, np.float64)[order], np.asarray(curve_reward, np.float64)[order]
-    if len(x) == 0 or not x[0] <= kl <= x[-1]:
-        return math.nan
-    return float(np.interp(kl, x, y))
+def line_at(kl, curve_kl, curve_reward) -> tuple[np.ndarray, np.ndarray]:
+    """A method's reward at a KL, on the straight lines between its measured points.
+
+    Args:
+        kl: (D,); curve_kl, curve_reward: (P, D), the P measured points in any order, in each of D resamples.
+
+    Returns:
+        reward (D,), and whether the KL lies within what the points span (D,) bool. Outside, the outermost line is
+        extended: a resample needs some value there; a claim about the data must not rest on it. nan for P < 2.
+    """
+    x, y = np.asarray(curve_kl, np.float64), np.asarray(curve_reward, np.float64)
+    kl = np.asarray(kl, np.float64)
+    if len(x) < 2:
+        return np.full(kl.shape, math.nan), np.zeros(kl.shape, bool)
+    order = np.argsort(x, axis=0, kind="stable")
+    x, y = np.take_along_axis(x, order, 0), np.take_along_axis(y, order, 0)
+    left = np.clip((x <= kl).sum(0) - 1, 0, len(x) - 2)[None]  # (1, D) the point to the left
+    x0, x1 = (np.take_along_axis(x, left + i, 0)[0] for i in (0, 1))
+    y0, y1 = (np.take_along_axis(y, left + i, 0)[0] for i in (0, 1))
+    width = x1 - x0
+    share = np.divide(kl - x0, width, out=np.full(kl.shape, 0.5), where=width > 0)  # two points at one KL: their mean
+    return y0 + share * (y1 - y0), (x[0] <= kl) & (kl <= x[-1])
+
+
+@dataclass(frozen=True)
+class EqualKL:
+    """A run's reward less another method's at the same KL.
+
+    Attributes:
+        difference: nan where the other method's points do not reach the run's KL.
+        interval: 95 %, over the prompts alone: it does not know how the reward bends between measured points.
+        between: the KL of the other method's measured points to the left and right.
+        beyond: share of the resamples in which the run's KL lies outside the other's points.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    between: tuple[float, float]
+    beyond: float
+
+
+def equal_kl(kl, reward, curve_kl, curve_reward, draws: int = DRAWS, seed: int = 0) -> EqualKL:
+    """Compare a run (prompts,) with a curve (points, prompts) of another method on the same prompts at equal KL.
+
+    All of them are resampled on the same prompts, so that what a prompt contributes to every run cancels.
+    """
+    x, y = np.vstack([kl, curve_kl]), np.vstack([reward, curve_reward])  # (1 + points, prompts)
+
+    def differences(x, y):
+        value, inside = line_at(x[0], x[1:], y[1:])
+        return y[0] - value, inside
+
+    mean = x.mean(1)
+    value, inside = differences(mean[:, None], y.mean(1)[:, None])
+    nowhere = (math.nan, math.nan)
+    if not inside[0]:
+        return EqualKL(math.nan, nowhere, nowhere, math.nan)
+    between = (float(mean[1:][mean[1:] <= mean[0]].max()), float(mean[1:][mean[1:] >= mean[0]].min()))
+    if x.shape[1] < 2:
+        return EqualKL(float(value[0]), nowhere, between, math.nan)
+    rows = resamples(x.shape[1], draws, seed)
+    drawn, inside = differences(x[:, rows].mean(2), y[:, rows].mean(2))
+    return EqualKL(float(value[0]), percentiles(drawn), between, float(1 - inside.mean()))
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#555555")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+COLUMNS = 6  # panels beside each other; more would be too small to read
+CROWD = 24  # points in a front beyond which not each has its text, and intervals are fainter
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure that are not data's."""
+
+    paper: str
+    ink: str
+    grid: str
+    lift: float  # share of white mixed into the data's colours, so that they stand out from the paper
+
+
+THEMES = {"light": Theme("#ffffff", "#1f2328", "#e6e6e6", 0.0), "dark": Theme("#16181d", "#e6e8eb", "#33373e", 0.3)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn: its colour, how far it fades towards the paper (0 to 1), and its marker."""
+
+    color: str
+    marker: str
+    fade: float = 0.0
+
+    def on(self, paper: Theme) -> str:
+        """Its colour on a theme's paper."""
+        return _mix(_mix(self.color, "#ffffff", paper.lift), paper.paper, self.fade)
 
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """One run in a plot: means, the half-widths of their intervals' sides, and the text beside it."""
+    """One point in a plot: means, their intervals, the text beside it, and its own look where it has one."""
 
     x: float
     y: float
     x_interval: tuple[float, float] = (math.nan, math.nan)
     y_interval: tuple[float, float] = (math.nan, math.nan)
     text: str = ""
+    look: Look | None = None
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def looks_of(families: Mapping[str, Sequence[str]]) -> dict[str, Look]:
+    """A look for every series, {family: its series}: one colour per family, faded to full, one marker per series."""
+    looks = {}
+    for n, members in enumerate(families.values()):
+        for i, name in enumerate(members):
+            fade = 0.5 * (len(members) - 1 - i) / max(1, len(members) - 1)
+            looks[name] = Look(COLORS[n % len(COLORS)], MARKERS[len(looks) % len(MARKERS)], fade)
+    return looks
+
+
+def _mix(color: str, other: str, share: float) -> str:
+    from matplotlib.colors import to_hex, to_rgb
+
+    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True)])
+
+
+@contextmanager
+def _canvas(file, theme: str, width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure in a theme's colours and its axes (rows, columns), written to `file` at the end."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)  # axes (rows, columns)
+    look = THEMES[theme]
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    colors = dict.fromkeys(names, look.ink) | {"figure.facecolor": look.paper, "axes.facecolor": look.paper}
+    with matplotlib.rc_context(colors | {"grid.color": look.grid, "text.parse_math": False}):  # a $ in a name is one
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots(rows, columns, squeeze=False), look
+        figure.savefig(file, format="png")
 
 
 def _style(axes, x_label: str, y_label: str, size: float = 11) -> None:
     axes.set_xlabel(x_label, fontsize=size)
     axes.set_ylabel(y_label, fontsize=size)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.grid(linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.08)
 
 
-def _cross(axes, point: PlotPoint, color: str) -> None:
+def _draw(
+    axes, point: PlotPoint, color: str, marker: str, size: float, *, filled: bool = True, faint: bool = False
+) -> None:
+    """A point on its cross of intervals."""
     for low, high, horizontal in ((*point.x_interval, True), (*point.y_interval, False)):
         if math.isfinite(low) and math.isfinite(high):
             ends = ([low, high], [point.y] * 2) if horizontal else ([point.x] * 2, [low, high])
-            axes.plot(*ends, color=color, linewidth=0.9, alpha=0.45, solid_capstyle="butt", zorder=2)
+            alpha = 0.2 if faint else 0.5
+            axes.plot(*ends, color=color, linewidth=0.9, alpha=alpha, solid_capstyle="butt", zorder=2)
+    face = color if filled else axes.get_facecolor()
+    axes.plot(point.x, point.y, marker, color=color, markersize=size, zorder=4, markerfacecolor=face)
 
 
-def _place_texts(figure, axes, texts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write small texts beside points, each at the offset where it covers the fewest points and other texts."""
+def _settle(figure) -> None:
+    """Lay the figure out once and for all, so that places on the screen are known and stay."""
     figure.canvas.draw()
+    figure.set_layout_engine("none")
+
+
+def _place_texts(figure, axes, texts: Sequence[tuple[float, float, str, str]], size: float = 7) -> None:
+    """Write small texts beside points of a settled figure, each where it covers the fewest points and other texts."""
     to_pixels, scale = axes.transData.transform, figure.dpi / 72
     points = np.array([to_pixels((x, y)) for x, y, _, _ in texts]).reshape(-1, 2)
     frame, taken = axes.get_window_extent(), []
     for (x, y, text, color), (px, py) in zip(texts, points, strict=True):
-        width, height, best = 4.3 * len(text) * scale, 8.0 * scale, None
+        if not text:
+            continue
+        width, height, best = 0.62 * size * len(text) * scale, 1.15 * size * scale, None
         for radius in (7, 12, 18):
             for angle in (45, -45, 135, -135, 90, -90, 0, 180):
                 dx, dy = (radius * scale * f(math.radians(angle)) for f in (math.cos, math.sin))
@@ -222,100 +337,117 @@ def _place_texts(figure, axes, texts: Sequence[tuple[float, float, str, str]]) -
                     best = (cost, box)
         taken.append(best[1])
         offset = ((best[1][0] - px) / scale, (best[1][1] - py) / scale)
-        axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=7, color=color, va="bottom", ha="left",
-                      zorder=5)  # fmt: skip
+        place = {"xytext": offset, "textcoords": "offset points", "va": "bottom", "ha": "left"}
+        axes.annotate(text, (x, y), **place, fontsize=size, color=color, zorder=5)
 
 
 def _legend(figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # below the axes, so that it never covers data
-        columns = min(len(handles), max(2, int(figure.get_figwidth() / 2.4)))
+        room = figure.get_figwidth() * 72 / (5.4 * max(map(len, labels)) + 48)  # points of the longest entry at size 9
+        columns = min(len(handles), max(1, int(room)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def plot_front(
-    file: str | Path,
+    file,
     series: Mapping[str, Sequence[PlotPoint]],
     reference: PlotPoint | None,
     *,
     labels: tuple[str, str],
     title: str,
+    looks: Mapping[str, Look],
+    theme: str = "light",
 ) -> None:
-    """Mean rewards of two objectives: each series in its colour, its own front as a line, intervals as crosses.
+    """Mean rewards of two objectives: each series in its look, its own front as a line, intervals as crosses.
 
-    Points that another point of their series dominates are hollow.
+    Points that another point of their series dominates are hollow and off the line. In a crowd of points only the ends
+    of each series and what no point dominates have their text.
+
+    Args:
+        file: a path or a stream; what is written is PNG.
     """
-    figure, grid = _figure(7.4, 6.4)
-    axes, texts = grid[0, 0], []
-    for (name, points), color, marker in zip(series.items(), _cycle(COLORS), _cycle(MARKERS), strict=False):
-        front = pareto_front([(p.x, p.y) for p in points])
-        line = sorted((p.x, p.y) for p, on in zip(points, front, strict=True) if on)
-        axes.plot(*zip(*line, strict=True), color=color, linewidth=1.4, alpha=0.8, zorder=3)
-        for point, on in zip(points, front, strict=True):
-            _cross(axes, point, color)
-            axes.plot(
-                point.x, point.y, marker, color=color, markersize=7, zorder=4, markerfacecolor=color if on else "white"
-            )
-            texts.append((point.x, point.y, point.text, color))
-        axes.plot([], [], marker=marker, color=color, markersize=7, label=name)
-    if reference is not None:
-        _cross(axes, reference, "black")
-        axes.plot(reference.x, reference.y, "*", color="black", markersize=13, zorder=4)
-        axes.plot([], [], "*", color="black", markersize=11, label="reference")
-        texts.append((reference.x, reference.y, "", "black"))
-    _style(axes, f"{labels[0]} (mean reward)", f"{labels[1]} (mean reward)")
-    axes.set_title(title, fontsize=11)
-    _legend(figure, axes)
-    _place_texts(figure, axes, texts)
-    figure.savefig(file)
+    with _canvas(file, theme, 7.4, 6.4) as (figure, grid, paper):
+        axes, texts = grid[0, 0], []
+        everything = [p for points in series.values() for p in points]
+        crowd = len(everything) > CROWD
+        front = pareto_front([(p.x, p.y) for p in everything]) if crowd else []
+        best = {id(p) for p, on in zip(everything, front, strict=crowd) if on}
+        for name, points in series.items():
+            color, marker = looks[name].on(paper), looks[name].marker
+            front = pareto_front([(p.x, p.y) for p in points])
+            line = sorted((p.x, p.y) for p, on in zip(points, front, strict=True) if on)
+            axes.plot(*zip(*line, strict=True), color=color, linewidth=1.4, alpha=0.8, zorder=3)
+            for point, on in zip(points, front, strict=True):
+                _draw(axes, point, color, marker, 7, filled=bool(on), faint=crowd)
+                told = not crowd or id(point) in best or point is points[0] or point is points[-1]
+                texts.append((point.x, point.y, point.text if told else "", color))
+            axes.plot([], [], marker=marker, color=color, markersize=7, label=name)
+        if reference is not None:
+            _draw(axes, reference, paper.ink, "*", 13)
+            axes.plot([], [], "*", color=paper.ink, markersize=11, label="reference")
+            texts.append((reference.x, reference.y, "", paper.ink))
+        _style(axes, f"{labels[0]} (mean reward)", f"{labels[1]} (mean reward)")
+        axes.set_title(title, fontsize=11)
+        _legend(figure, axes)
+        _settle(figure)
+        _place_texts(figure, axes, texts)
 
 
 def plot_curves(
-    file: str | Path,
+    file,
     panels: Mapping[str, Mapping[str, tuple[Mapping[str, Sequence[PlotPoint]], PlotPoint | None]]],
     *,
     x_label: str,
     title: str,
+    looks: Mapping[str, Look],
+    theme: str = "light",
 ) -> None:
     """A grid of curves, {row: {column: (series, reference)}}; each series is joined from the reference on, by rising x.
 
-    All panels share the x axis and those of a row the y axis, so that they can be compared.
+    All panels share the x axis and those of a row the y axis, so that they can be compared. Columns beyond COLUMNS
+    go on below.
     """
-    rows = list(panels)
     columns = list(dict.fromkeys(c for row in panels.values() for c in row))
-    size = (max(6.0, 2.3 * len(columns) + 1.0), 2.3 * len(rows) + 1.4)
-    figure, grid = _figure(*size, len(rows), len(columns), sharex=True, sharey="row")
-    looks: dict[str, tuple[str, str]] = {}
-    for row, name in enumerate(rows):
-        for column, weights in enumerate(columns):
-            axes = grid[row, column]
-            series, reference = panels[name].get(weights, ({}, None))
-            for label, points in series.items():
-                n = len(looks)
-                color, marker = looks.setdefault(label, (COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]))
-                joined = sorted((p.x, p.y) for p in [*points, *([reference] if reference else [])])
-                axes.plot(*zip(*joined, strict=True), color=color, linewidth=1.2, alpha=0.7, zorder=3)
-                for point in points:
-                    _cross(axes, point, color)
-                    axes.plot(point.x, point.y, marker, color=color, markersize=5, zorder=4)
-                    place = {"xytext": (4, -9), "textcoords": "offset points"}
-                    axes.annotate(point.text, (point.x, point.y), **place, fontsize=6, color=color)
-            if reference is not None:
-                _cross(axes, reference, "black")
-                axes.plot(reference.x, reference.y, "*", color="black", markersize=9, zorder=4)
-            _style(axes, x_label if row == len(rows) - 1 else "", name if column == 0 else "", size=9)
-            axes.tick_params(labelsize=8)
-            if row == 0:
-                axes.set_title(weights, fontsize=9)
-    for label, (color, marker) in looks.items():
-        grid[0, 0].plot([], [], marker=marker, color=color, markersize=5, label=label)
-    if any(reference is not None for row in panels.values() for _, reference in row.values()):
-        grid[0, 0].plot([], [], "*", color="black", markersize=9, label="reference")
-    figure.suptitle(title, fontsize=11)
-    _legend(figure, grid[0, 0])
-    figure.savefig(file)
-
-
-def _cycle(values: Sequence[str]):
-    while True:
-        yield from values
+    blocks = [columns[i : i + COLUMNS] for i in range(0, len(columns), COLUMNS)]
+    across, down = len(blocks[0]), len(blocks) * len(panels)
+    with _canvas(file, theme, max(6.0, 2.3 * across + 1.0), 2.3 * down + 1.4, down, across) as (figure, grid, paper):
+        texts, shown = [], {}
+        for row, (block, name) in enumerate((block, name) for block in blocks for name in panels):
+            for column in range(across):
+                axes = grid[row, column]
+                if column >= len(block):
+                    axes.set_axis_off()
+                    continue
+                for share, first in ((axes.sharex, grid[0, 0]), (axes.sharey, grid[row % len(panels), 0])):
+                    if axes is not first:
+                        share(first)
+                series, reference = panels[name].get(block[column], ({}, None))
+                beside = [(reference.x, reference.y, "", paper.ink)] if reference else []
+                for label, points in series.items():
+                    color = looks[label].on(paper)
+                    shown.setdefault(label, (color, looks[label].marker))
+                    joined = sorted((p.x, p.y) for p in [*points, *([reference] if reference else [])])
+                    axes.plot(*zip(*joined, strict=True), color=color, linewidth=1.2, alpha=0.7, zorder=3)
+                    for point in points:
+                        look = point.look or looks[label]
+                        _draw(axes, point, look.on(paper), look.marker, 5)
+                        beside.append((point.x, point.y, point.text, color))
+                if reference is not None:
+                    _draw(axes, reference, paper.ink, "*", 9)
+                texts.append((axes, beside))
+                last = row == down - 1 or row // len(panels) == len(blocks) - 2 and column >= len(blocks[-1])
+                last = last and row % len(panels) == len(panels) - 1
+                _style(axes, x_label if last else "", name if column == 0 else "", size=9)
+                axes.tick_params(labelsize=8, labelbottom=last, labelleft=column == 0)
+                if row % len(panels) == 0:
+                    axes.set_title(block[column], fontsize=9)
+        for label, (color, marker) in shown.items():
+            grid[0, 0].plot([], [], marker=marker, color=color, markersize=5, label=label)
+        if any(reference is not None for row in panels.values() for _, reference in row.values()):
+            grid[0, 0].plot([], [], "*", color=paper.ink, markersize=9, label="reference")
+        figure.suptitle(title, fontsize=11)
+        _legend(figure, grid[0, 0])
+        _settle(figure)
+        for axes, beside in texts:
+            _place_texts(figure, axes, beside, size=6.5)

@@ -305,5 +305,6 @@ def held_out_margins(fit, x, y: np.ndarray, groups: Sequence[str], l2: float, fo
 
 def choose_l2(fit, x, y: np.ndarray, groups: Sequence[str], grid: Sequence[float] = L2_GRID) -> float:
     """The penalty with the best log-loss on held-out folds; arguments as in `held_out_margins`."""
-    losses = [np.logaddexp(0, -held_out_margins(fit, x, y, groups, l2)).mean() for l2 in grid]
+    bar = progress(grid, desc="penalties", unit="fit")
+    losses = [np.logaddexp(0, -held_out_margins(fit, x, y, groups, l2)).mean() for l2 in bar]
     return float(grid[int(np.argmin(losses))])

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.cli import DataError
+from utils.cli import DataError, progress
 from utils.config import Config, DatasetSpec, ObjectiveSpec, SourceSpec
 from utils.data import in_hash_range, iter_rows
 from utils.text_formats import ASSISTANT, RowDropped, format_of, last_turn, shown_to_reference
@@ -119,7 +119,7 @@ def read_pairs(
     """
     format_, pairs = format_of(spec), []
     counts = Counter() if counts is None else counts
-    for row in iter_rows(source, config, data_files):
+    for row in progress(iter_rows(source, config, data_files), desc="rows", unit="row"):
         if max_rows is not None and len(pairs) >= max_rows:
             break
         try:

@@ -1,14 +1,19 @@
-"""What a Pareto report says, read from run folders alone: sections, tables, figures, Markdown.
+"""What a Pareto report says, computed from run folders alone: points, sections, differences, figures.
 
-A *run* is one folder. Runs that differ in their weights alone are one *series*: one front, one colour. A *section* is a
-set of objectives, usually a pair, with the runs whose weights lie within it and those that take none.
+A *run* is one folder. Runs of one method at one setting that differ in their seed, or that are ranges of prompts of one
+evaluation, are one *point*. Points that differ in their weights alone are one *series*: one front, one look. Series
+that differ in beta or in the number of samples alone are one *family*: one curve against KL. A *section* is a set of
+objectives, usually a pair, with the points whose weights lie within it and those that take none.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +23,11 @@ import pandas as pd
 
 from utils.cli import DataError
 from utils.pareto import (
+    THEMES,
     PlotPoint,
-    bootstrap,
-    hypervolume_interval,
-    interpolate_at,
+    equal_kl,
+    hypervolume_draws,
+    looks_of,
     mean_interval,
     paired_difference,
     pareto_front,
@@ -42,8 +48,9 @@ from utils.runs import (
     read_samples,
 )
 
-SAMPLES_SHOWN = 3
-ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all runs share them
+GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
+ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them
+WEIGHTED = "weighted reward"
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -55,8 +62,53 @@ class RunRecord:
 
     folder: Path
     arguments: dict
-    table: pd.DataFrame  # rewards.csv, indexed by the prompt's index
-    by_budget: bool = True  # a run whose beta met a KL budget is a point of the budget's front, not of its beta's
+    samples: list[dict] = field(repr=False)
+    table: pd.DataFrame = field(repr=False)  # rewards.csv and the generated tokens, indexed by the prompt's index
+
+    @property
+    def seed(self) -> int:
+        return self.arguments["arguments"].get("seed", 0)
+
+    @property
+    def label(self) -> str:
+        return self.arguments["configuration"].get("label") or ""
+
+    @property
+    def world(self) -> tuple[str, str, str]:
+        """What runs must share to be compared: the configuration's label, the data set and its split."""
+        return self.label, self.arguments["dataset"], self.arguments["arguments"].get("data_split", "")
+
+    @property
+    def setting(self) -> str:
+        """What the runs of one point share: everything on record but the seed and the prompts."""
+        a = self.arguments
+        arguments = {k: v for k, v in a["arguments"].items() if k != "seed"}
+        shared = [self.world, a["kind"], a["method"], a["weights"], a["series"], arguments, a["num_trials"]]
+        return json.dumps(shared, sort_keys=True)
+
+    @property
+    def made_from(self) -> str:
+        """Fingerprints of the models and rewards behind the run; "null" where the folder does not record them."""
+        found = self.arguments.get("determining")
+        return json.dumps(found and {k: v for k, v in found.items() if k != "prompts"}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one setting: runs that differ in their seed, or are parts of one evaluation."""
+
+    runs: tuple[RunRecord, ...]
+    by_seed: dict[int, pd.DataFrame] = field(repr=False)  # of each seed, one row per prompt
+    by_budget: bool = True  # a point whose beta met a KL budget stands in the budget's front, not in its beta's
+
+    @property
+    def budget(self) -> float | None:
+        """The KL budget that the point's beta was found for, in nats."""
+        return self.arguments.get("kl_search", {}).get("budget")
+
+    @property
+    def arguments(self) -> dict:
+        return self.runs[-1].arguments
 
     @property
     def method(self) -> str:
@@ -67,16 +119,20 @@ class RunRecord:
         return self.arguments["weights"]
 
     @property
-    def label(self) -> str:
-        return self.arguments["configuration"].get("label", "")
-
-    @property
-    def dataset(self) -> str:
-        return self.arguments["dataset"]
-
-    @property
     def kl_added(self) -> float:
         return self.arguments["kl_added"]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names the point among others."""
+        return tuple(str(r.folder) for r in self.runs)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per prompt: the mean over the seeds that answered it."""
+        if len(self.by_seed) == 1:
+            return next(iter(self.by_seed.values()))
+        return pd.concat(self.by_seed.values(), join="inner").groupby(level=0).mean()
 
     @property
     def tracks_kl(self) -> bool:
@@ -85,11 +141,16 @@ class RunRecord:
     @property
     def scores(self) -> list[str]:
         """Columns that are rewards or an independent judge's scores."""
-        return [c for c in self.table.columns if c not in MEASURES]
+        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED)]
 
-    @cached_property
-    def samples(self) -> list[dict]:
-        return read_samples(self.folder)
+    @property
+    def samples(self) -> dict[int, list[dict]]:
+        """{prompt: its answers}, unedited, by seed and trial; a `seed` is added to each."""
+        found: dict[int, dict] = {}
+        for run in self.runs:  # of an answer that two runs have, the later one counts
+            for s in run.samples:
+                found.setdefault(s["index"], {})[run.seed, s["trial"]] = s | {"seed": run.seed}
+        return {index: [answers[k] for k in sorted(answers)] for index, answers in found.items()}
 
     @property
     def kl(self) -> tuple[float, float]:
@@ -99,35 +160,51 @@ class RunRecord:
         mean, error = mean_and_error(self.table["log_ratio"])
         return mean + self.kl_added, error
 
-    @property
-    def budget(self) -> float | None:
-        """The KL budget that the run's beta was found for, in nats."""
-        return self.arguments.get("kl_search", {}).get("budget")
-
     def mean(self, column: str) -> float:
         return float(self.table[column].mean()) if column in self.table else math.nan
 
+    def column(self, name: str, weights: Mapping[str, float], prompts=slice(None)) -> pd.Series:
+        """A score of each prompt, or with WEIGHTED the rewards' sum under these weights."""
+        table = self.table.loc[prompts]
+        return sum(w * table[o] for o, w in weights.items()) if name == WEIGHTED else table[name]
+
+    def over_seeds(self, column: str) -> tuple[list[float], float]:
+        """(mean of each seed over the prompts that all seeds have, their standard deviation)."""
+        tables = [t for t in self.by_seed.values() if column in t]
+        shared = sorted(set.intersection(*(set(t.index) for t in tables)))
+        means = [float(t.loc[shared, column].mean()) for t in tables]
+        return means, float(np.std(means, ddof=1)) if len(means) > 1 and shared else math.nan
+
     @property
     def settings(self) -> dict:
-        """What tells this run's series from others: everything that determines the result but the weights."""
-        indices, series = self.arguments["indices"], self.arguments["series"]
+        """What tells this point's series from others: everything that determines the result but the weights."""
+        arguments, series = self.arguments["arguments"], self.arguments["series"]
         if self.budget is not None and self.by_budget:  # each point of such a front has a beta of its own
-            series = {"kl_budget": self.budget} | {k: series[k] for k in series if k != "beta"}
-        return {
-            **series,
-            **{k: v for k, v in self.arguments["arguments"].items() if k != "track_KL"},
-            "num_trials": self.arguments["num_trials"],
-            "prompts": f"{min(indices)}-{max(indices)}",
-        }
+            series = {"kl_budget": self.budget} | {k: v for k, v in series.items() if k != "beta"}
+        arguments = {k: v for k, v in arguments.items() if k != "seed"}
+        return {**series, **arguments, "num_trials": self.arguments["num_trials"]}
 
 
-def load_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
-    """Complete runs below these folders, and what was left out and why.
-
-    Of several runs of one identity the newest complete one is kept.
+def read_run(folder: Path, arguments: dict) -> RunRecord:
+    """A complete run folder.
 
     Raises:
-        DataError: a path does not exist, a file is damaged, or no run is complete.
+        DataError: rewards.csv has other prompts than args.yaml says.
+    """
+    table = pd.read_csv(folder / REWARDS, index_col="index")
+    if list(table.index) != sorted(arguments["indices"]):
+        raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
+    samples = read_samples(folder)
+    tokens = pd.DataFrame([(s["index"], s[GENERATED]) for s in samples], columns=["index", GENERATED])
+    return RunRecord(folder, arguments, samples, table.join(tokens.groupby("index").mean()))
+
+
+def load_points(paths: Sequence[str | Path]) -> tuple[list[Point], list[str]]:
+    """The points of the complete runs below these folders, and what was left out and why.
+
+    Raises:
+        DataError: a path does not exist, a file is damaged, no run is complete, or two runs that would be compared
+            answered different prompts under one index.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -140,60 +217,111 @@ def load_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
             folders.update(
                 dict.fromkeys(f for f in found if (f / SAMPLES).is_file())
             )  # value models have args.yaml too
-    newest: dict[str, RunRecord] = {}
-    left_out = []
+    runs, left_out = [], []
     for folder in folders:
         arguments = read_arguments(folder)
-        if not (folder / SUMMARY).is_file():
+        if (folder / SUMMARY).is_file():
+            runs.append(read_run(folder, arguments))
+        else:
             left_out.append(f"{folder}: incomplete; its command goes on with it: {arguments['process']['command']}")
-            continue
-        table = pd.read_csv(folder / REWARDS, index_col="index")
-        if list(table.index) != sorted(arguments["indices"]):
-            raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
-        record = RunRecord(folder, arguments, table)
-        other = newest.get(arguments["identity"])
-        if other is not None:
-            old, record = sorted((other, record), key=lambda r: r.arguments["started"])
-            left_out.append(f"{old.folder}: the same run was made again later")
-        newest[arguments["identity"]] = record
-    if not newest:
+    if not runs:
         raise DataError(f"no complete run in {', '.join(map(str, paths))}" + "".join(f"; {text}" for text in left_out))
-    return _with_their_fronts(sorted(newest.values(), key=lambda r: r.arguments["started"])), left_out
+    runs.sort(key=lambda r: r.arguments["started"])
+    _check_prompts(runs)
+    points = []
+    for _, group in grouped(runs, lambda r: r.setting):
+        newest = group[-1]
+        for run in group:
+            if run.made_from != newest.made_from:
+                left_out.append(f"{run.folder}: its models, rewards or precision are not those of {newest.folder}")
+        points.append(_point([r for r in group if r.made_from == newest.made_from], left_out))
+    return _with_their_fronts(points), left_out
 
 
-def _with_their_fronts(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Runs whose beta met a KL budget, as points of a front of that beta where other runs make one.
+def _with_their_fronts(points: Sequence[Point]) -> list[Point]:
+    """Points whose beta met a KL budget, in the front of that beta where other points make one.
 
-    A search may end at a beta that was run by hand, so that one folder is a point of two fronts: its beta's keeps it.
+    A search may end at a beta that was run by hand, so that one point would be of two fronts: its beta's keeps it.
     """
 
-    def front(run: RunRecord) -> str:
-        return repr((run.label, run.dataset, run.method, sorted(replace(run, by_budget=False).settings.items())))
+    def front(point: Point) -> str:
+        by_beta = replace(point, by_budget=False)
+        return repr((point.runs[-1].world, point.method, sorted(by_beta.settings.items())))
 
-    by_hand = {front(run) for run in runs if run.budget is None}
-    return [replace(run, by_budget=run.budget is not None and front(run) not in by_hand) for run in runs]
+    by_hand = {front(point) for point in points if point.budget is None}
+    return [replace(p, by_budget=p.budget is not None and front(p) not in by_hand) for p in points]
+
+
+def _point(runs: Sequence[RunRecord], left_out: list[str]) -> Point:
+    """One point of runs in the order of their start; of a prompt that two of a seed have, the later answers count."""
+    by_seed, kept = {}, []
+    for seed, group in sorted(grouped(runs, lambda r: r.seed)):
+        for n, run in enumerate(group):
+            again = set(run.table.index) & {i for later in group[n + 1 :] for i in later.table.index}
+            if len(again) == len(run.table):
+                left_out.append(f"{run.folder}: the same run was made again later")
+            else:
+                kept.append(run)
+                if again:
+                    left_out.append(f"{run.folder}: prompts {spans(again)} were answered again by a later run")
+        table = pd.concat([r.table for r in group], join="inner")
+        by_seed[seed] = table[~table.index.duplicated(keep="last")].sort_index()
+    return Point(tuple(sorted(kept, key=lambda r: r.arguments["started"])), by_seed)
+
+
+def _check_prompts(runs: Sequence[RunRecord]) -> None:
+    """Raise a DataError where one index means two prompts: whatever is compared by prompt would be wrong."""
+    for _, group in grouped(runs, lambda r: r.world):
+        first: dict[int, tuple[str, Path]] = {}
+        for run in group:
+            for sample in run.samples:
+                text, folder = first.setdefault(sample["index"], (sample["prompt"], run.folder))
+                if text != sample["prompt"]:
+                    raise DataError(
+                        f"{run.folder} and {folder} answered different prompts under index {sample['index']}: the "
+                        "prompts were made anew between them; report them apart"
+                    )
+
+
+def spans(indices: Iterable[int]) -> str:
+    """Whole numbers as ranges: 0-24, 30."""
+    found: list[list[int]] = []
+    for i in sorted(indices):
+        if found and i == found[-1][1] + 1:
+            found[-1][1] = i
+        else:
+            found.append([i, i])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in found)
+
+
+def grouped(items, key):
+    """(key, its items) in the order of first appearance."""
+    groups: dict = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups.items()
 
 
 # ------------------------------------------------------------------------------------------------------------- series
 
 
-def series_names(runs: Sequence[RunRecord], *, families: bool = False) -> dict[Path, str]:
-    """{folder: name of its series}: the method, its beta or number of samples, and what else tells series apart.
+def series_names(points: Sequence[Point], *, families: bool = False) -> dict[tuple, str]:
+    """{key of a point: name of its series}: the method, its beta or number of samples, and what else tells apart.
 
-    With `families`, runs that differ in beta or in the number of samples alone have one name: one curve against KL.
+    With `families`, points that differ in beta or in the number of samples alone have one name.
     """
     names = {}
-    for method, group in _grouped(runs, lambda r: r.method):
-        keys = list(dict.fromkeys(k for r in group for k in r.settings))
-        varied = [k for k in keys if len({str(r.settings.get(k)) for r in group}) > 1]
-        for r in group:
-            n = r.settings.get("num_samples", 1)
+    for method, group in grouped(points, lambda p: p.method):
+        keys = list(dict.fromkeys(k for p in group for k in p.settings))
+        varied = [k for k in keys if len({str(p.settings.get(k)) for p in group}) > 1]
+        for p in group:
+            n = p.settings.get("num_samples", 1)
             name = f"{method.removesuffix('_best_of_n').removesuffix('best_of_n')}".replace("_", " ").strip()
             if method.endswith("best_of_n"):
                 name += (", " if name else "") + f"best of {'N' if families else n}"
-            named = [k for k in keys if k != "num_samples" and k in r.settings and (k in varied or k in ALWAYS_NAMED)]
+            named = [k for k in keys if k != "num_samples" and k in p.settings and (k in varied or k in ALWAYS_NAMED)]
             named = [k for k in named if not (families and k in ALWAYS_NAMED)]
-            names[r.folder] = ", ".join([name, *(f"{k} {_short(r.settings[k])}" for k in named)])
+            names[p.key] = ", ".join([name, *(f"{k} {_short(p.settings[k])}" for k in named)])
     return names
 
 
@@ -201,60 +329,71 @@ def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _grouped(items, key):
-    groups: dict = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups.items()
-
-
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
 @dataclass(frozen=True)
 class Section:
-    """A set of objectives and the runs that belong to it, in the order of series and weights."""
+    """A set of objectives and the points that belong to it: the reference, MAVIS, the others, by series and weights."""
 
     label: str
     dataset: str
+    split: str
     objectives: tuple[str, ...]
-    runs: list[RunRecord]
-    names: dict[Path, str] = field(repr=False)
-    families: dict[Path, str] = field(repr=False)
+    points: list[Point]
+    names: dict[tuple, str] = field(repr=False)
+    families: dict[tuple, str] = field(repr=False)
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}: {' and '.join(self.objectives)}"
+        split = f" ({self.split})" if self.split not in ("", "test") else ""
+        return f"{self.dataset}{split}: {' and '.join(self.objectives)}"
+
+    def name(self, point: Point) -> str:
+        return self.names[point.key]
+
+    def family(self, point: Point) -> str:
+        return self.families[point.key]
 
     @property
-    def series(self) -> dict[str, list[RunRecord]]:
-        """Runs with weights, by series."""
-        return dict(_grouped([r for r in self.runs if r.weights], lambda r: self.names[r.folder]))
+    def reference(self) -> Point | None:
+        return next((p for p in self.points if p.method == "reference"), None)
 
     @property
-    def reference(self) -> RunRecord | None:
-        return next((r for r in self.runs if r.method == "reference"), None)
+    def compared(self) -> list[Point]:
+        """All points but the reference."""
+        return [p for p in self.points if p is not self.reference]
+
+    @property
+    def series(self) -> dict[str, list[Point]]:
+        """All points but the reference, by series."""
+        return dict(grouped(self.compared, self.name))
 
     @property
     def shared(self) -> list[int]:
-        """Prompt indices that all runs have."""
-        return sorted(set.intersection(*(set(r.table.index) for r in self.runs)))
+        """Prompt indices that all points have."""
+        return sorted(set.intersection(*(set(p.table.index) for p in self.points)))
 
     def means(self) -> np.ndarray:
-        """(runs, objectives) mean rewards."""
-        return np.array([[r.mean(o) for o in self.objectives] for r in self.runs])
+        """(points, objectives) mean rewards."""
+        return np.array([[p.mean(o) for o in self.objectives] for p in self.points])
+
+    def matches(self, point: Point, name: str) -> bool:
+        """Whether a name on the command line means this point: its series, its family or its method."""
+        known = {self.name(point), self.family(point), point.method, point.method.replace("_", " ")}
+        return name in known
 
 
-def sections_of(runs: Sequence[RunRecord], objectives: Sequence[str] | None = None) -> list[Section]:
-    """Sections of the runs: those named by `objectives`, else every pair (or larger set) that some run's weights span.
+def sections_of(points: Sequence[Point], objectives: Sequence[str] | None = None) -> list[Section]:
+    """Sections: those named by `objectives`, else every pair (or larger set) that some point's weights span.
 
     Raises:
         DataError: an objective that no run has scored.
     """
     sections = []
-    for (label, dataset), group in _grouped(runs, lambda r: (r.label, r.dataset)):
+    for (label, dataset, split), group in grouped(points, lambda p: p.runs[0].world):
         order = list(group[0].arguments["configuration"]["datasets"][dataset]["objectives"])
-        scored = [o for o in order if all(o in r.table for r in group)]
+        scored = [o for o in order if all(o in p.table for p in group)]
         if objectives:
             missing = [o for o in objectives if o not in scored]
             if missing:
@@ -263,323 +402,309 @@ def sections_of(runs: Sequence[RunRecord], objectives: Sequence[str] | None = No
                 )
             sets = [tuple(objectives)]
         else:
-            spanned = [tuple(o for o in scored if o in r.weights) for r in group]
+            spanned = [tuple(o for o in scored if o in p.weights) for p in group]
             sets = sorted({s for s in spanned if len(s) > 1}, key=lambda s: (len(s), [order.index(o) for o in s]))
             if not sets:  # single objectives or the reference alone: every pair of what is weighted, else of all
                 weighted = [o for o in scored if any(o in s for s in spanned)]
                 sets = list(itertools.combinations(weighted if len(weighted) > 1 else scored, 2))
         names, families = series_names(group), series_names(group, families=True)
         for chosen in sets:
-            inside = [r for r in group if set(r.weights) <= set(chosen)]
-            inside.sort(key=lambda r: (bool(r.weights), names[r.folder], [r.weights.get(o, 0.0) for o in chosen]))
+            inside = [p for p in group if set(p.weights) <= set(chosen)]
+
+            def place(p, chosen=chosen, names=names):
+                beta = p.settings.get("beta") or p.settings.get("kl_budget") or 0
+                first = (p.method != "reference", not p.method.startswith("mavis"), not p.weights)
+                number = (p.method, beta, p.settings.get("num_samples", 1))
+                return first, number, names[p.key], [-p.weights.get(o, 0.0) for o in chosen]
+
+            inside.sort(key=place)
             if inside:
-                sections.append(Section(label, dataset, chosen, inside, names, families))
+                sections.append(Section(label, dataset, split, chosen, inside, names, families))
     return sections
 
 
 def unequal_settings(section: Section) -> list[str]:
-    """What makes the runs of a section hard to compare: settings of decoding and prompts that differ."""
+    """What makes the points of a section hard to compare: settings of decoding, prompts, seeds or rewards."""
     notes = []
-    for key in (
-        "data_split", "seed", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"
-    ):  # fmt: skip
-        values = {str(r.settings.get(key)) for r in section.runs}
+    settings = [p.settings | {"prompts": spans(p.table.index), "seeds": spans(p.by_seed)} for p in section.points]
+    for key in ("seeds", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"):
+        values = {str(s.get(key)) for s in settings}
         if len(values) > 1:
-            notes.append(f"the runs differ in {key}: {', '.join(sorted(values))}")
-    for run in section.runs:
-        if run.budget is not None and not run.by_budget:
-            name = f"{section.names[run.folder]} at {describe_weights(run.weights)}"
-            notes.append(f"{name} met the KL budget of {run.budget:g} nats too, and stands with its beta")
+            notes.append(f"the runs differ in {key}: {'; '.join(sorted(values))}")
+    rewards = {json.dumps(r.arguments["determining"]["rewards"], sort_keys=True) for p in section.points
+               for r in p.runs if "rewards" in (r.arguments.get("determining") or {})}  # fmt: skip
+    if len(rewards) > 1:
+        notes.append("the runs were scored by different reward models: a reward was trained anew between them")
+    for point in section.points:
+        if point.budget is not None and not point.by_budget:
+            name = f"{section.names[point.key]} at {describe_weights(point.weights)}"
+            notes.append(f"{name} met the KL budget of {point.budget:g} nats too, and stands with its beta")
     return notes
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def run_rows(section: Section) -> list[dict]:
-    """One row per run: weights, rewards with 95 % bootstrap intervals over prompts, KL, price and fluency."""
-    front = pareto_front(section.means())
+def point_rows(section: Section) -> list[dict]:
+    """One row per point: weights, rewards with 95 % bootstrap intervals over prompts, KL, price and fluency.
+
+    `dominated` is by any point of the section, `dominated_in_series` by one of its own series. Figures of answers are
+    per prompt and trial.
+    """
+    means = section.means()
+    front = pareto_front(means)
+    own = {}
+    for name in {section.name(p) for p in section.points}:
+        members = [i for i, p in enumerate(section.points) if section.name(p) == name]
+        own |= dict(zip(members, pareto_front(means[members]), strict=True))
     rows = []
-    for run, on_front in zip(section.runs, front, strict=True):
-        kl, kl_error = run.kl
+    for i, point in enumerate(section.points):
+        kl, kl_error = point.kl
         row = {
-            "series": section.names[run.folder],
-            "method": run.method,
-            "weights": run.weights,
-            "beta": run.arguments["series"].get("beta"),
-            "prompts": len(run.table),
-            "folder": str(run.folder),
+            "series": section.name(point),
+            "family": section.family(point),
+            "method": point.method,
+            "weights": point.weights,
+            "beta": point.arguments["series"].get("beta"),
+            "prompts": len(point.table),
+            "trials": point.arguments["num_trials"],
+            "seeds": list(point.by_seed),
+            "folders": [str(r.folder) for r in point.runs],
             "rewards": {},
             "kl": kl,
             "kl_error": kl_error,
-            "kl_is_upper_bound": run.tracks_kl and run.kl_added != 0,
-            "seconds_per_prompt": run.mean("seconds"),
-            "tokens": run.mean("tokens"),
-            "distinct": run.mean("distinct"),
-            "reference_log_prob": run.mean("reference_log_prob"),
-            "finished": run.mean("finished"),
-            "dominated": not on_front,
+            "kl_is_upper_bound": point.tracks_kl and point.kl_added != 0,
+            "kl_seed_sd": point.over_seeds("log_ratio")[1] if point.tracks_kl else math.nan,
+            "seconds_per_prompt": point.mean("seconds"),
+            "tokens": point.mean("tokens"),
+            "generated_tokens": point.mean(GENERATED),
+            "distinct": point.mean("distinct"),
+            "reference_log_prob": point.mean("reference_log_prob"),
+            "finished": point.mean("finished"),
+            "dominated": not front[i],
+            "dominated_in_series": not own[i],
         }
-        for score in run.scores:
-            low, high = mean_interval(run.table[score])
-            row["rewards"][score] = {"mean": run.mean(score), "low": low, "high": high}
+        for score in point.scores:
+            mean, error = mean_and_error(point.table[score])
+            low, high = mean_interval(point.table[score])
+            by_seed, deviation = point.over_seeds(score)
+            row["rewards"][score] = {
+                "mean": mean, "low": low, "high": high, "error": error, "seed_means": by_seed, "seed_sd": deviation,
+            }  # fmt: skip
         rows.append(row)
     return rows
 
 
 def hypervolumes(section: Section, reference_point: Sequence[float] | None = None) -> dict:
-    """Hypervolume of each series over the prompts that all runs share, with its interval.
+    """Hypervolume of each series over the prompts that all points share, with its interval, and paired differences.
 
-    The reference point is the worst mean of each objective among the runs, less a tenth of the range, unless given.
+    The reference point is the worst mean of each objective among the points, less a tenth of the range, unless given.
     """
     shared = section.shared
     if not shared:
-        return {"reference_point": None, "prompts": 0, "series": []}
+        return {"reference_point": None, "prompts": 0, "series": [], "differences": []}
     objectives = list(section.objectives)
 
-    def table(run):
-        return run.table.loc[shared, objectives].to_numpy(np.float64)  # (prompts, objectives)
+    def table(point):
+        return point.table.loc[shared, objectives].to_numpy(np.float64)  # (prompts, objectives)
 
     if reference_point is None:
-        reference_point = reference_point_of([table(r).mean(0) for r in section.runs])
-    rows = []
-    for name, runs in section.series.items():
-        value, (low, high) = hypervolume_interval([table(r) for r in runs], reference_point)
-        rows.append({"series": name, "points": len(runs), "hypervolume": value, "low": low, "high": high})
-    return {"reference_point": [float(x) for x in reference_point], "prompts": len(shared), "series": rows}
+        reference_point = reference_point_of([table(p).mean(0) for p in section.points])
+    rows, drawn = [], {}
+    for name, points in section.series.items():
+        value, drawn[name] = hypervolume_draws([table(p) for p in points], reference_point)
+        low, high = percentiles(drawn[name])
+        rows.append({"series": name, "points": len(points), "hypervolume": value, "low": low, "high": high})
+    differences = []
+    for a, b in itertools.combinations(rows, 2):
+        low, high = percentiles(drawn[a["series"]] - drawn[b["series"]])
+        value = a["hypervolume"] - b["hypervolume"]
+        differences.append({"a": a["series"], "b": b["series"], "difference": value, "low": low, "high": high})
+    point = [float(x) for x in reference_point]
+    return {"reference_point": point, "prompts": len(shared), "series": rows, "differences": differences}
 
 
-def differences(section: Section) -> list[dict]:
-    """Paired differences of every run to the reference, over the prompts that both have."""
-    reference = section.reference
+def to_reference(section: Section) -> list[dict]:
+    """Paired differences of every point to the reference, over the prompts that both have."""
+    if section.reference is None:
+        return []
+    return [row for p in section.compared for row in compare(section, p, section.reference)]
+
+
+def between_methods(section: Section, wanted: Sequence[tuple[str, str]] | None = None) -> list[dict]:
+    """Paired differences of two methods at the same weights: of all pairs of series, or of those that are named.
+
+    A method that takes no weights is compared with every weights of the other. MAVIS stands first in a pair.
+    """
+    if wanted:
+        found = [(a, b) for x, y in wanted for a in section.points for b in section.points
+                 if section.matches(a, x) and section.matches(b, y) and section.name(a) != section.name(b)]  # fmt: skip
+    else:
+        found = [(a, b) for a, b in itertools.combinations(section.compared, 2) if section.name(a) != section.name(b)]
+    same = [(a, b) for a, b in found if a.weights == b.weights or not (a.weights and b.weights)]
+    return [row for a, b in same for row in compare(section, a, b)]
+
+
+def compare(section: Section, a: Point, b: Point) -> list[dict]:
+    """a - b of every score that both have, and of the weighted reward, on the prompts that both answered."""
+    weights = a.weights or b.weights
+    scores = [s for s in dict.fromkeys([*section.objectives, *a.scores]) if s in a.table and s in b.table]
     rows = []
-    for run in section.runs:
-        if reference is None or run is reference:
-            continue
-        for score in run.scores:
-            if score in reference.table:
-                d = paired_difference(run.table[score].to_dict(), reference.table[score].to_dict())
-                rows.append(
-                    {
-                        "series": section.names[run.folder], "weights": run.weights, "score": score,
-                        "prompts": d.prompts, "difference": d.mean, "error": d.error,
-                        "low": d.interval[0], "high": d.interval[1],
-                    }
-                )  # fmt: skip
+    for score in [*scores, *([WEIGHTED] if weights else [])]:
+        d = paired_difference(a.column(score, weights).to_dict(), b.column(score, weights).to_dict())
+        rows.append(
+            {
+                "a": section.name(a), "b": section.name(b), "weights": weights, "score": score,
+                "prompts": d.prompts, "difference": d.mean, "error": d.error,
+                "low": d.interval[0], "high": d.interval[1], "wins": d.wins, "ties": d.ties, "losses": d.losses,
+            }
+        )  # fmt: skip
     return rows
 
 
 def at_equal_kl(section: Section) -> list[dict]:
-    """Each MAVIS run less every other method's weighted reward at the same weights and the same KL.
+    """Each point's weighted reward less every other method's at the same weights and the same KL.
 
-    The other method's reward is read on the line through the reference and its runs by rising KL; beyond the KL that
-    its runs reach, nothing is claimed. The interval resamples the prompts that all of these runs share.
+    The other method's reward is read on straight lines through the reference and its points; beyond the KL that they
+    span nothing is claimed. Rewards usually bend downwards as KL grows, so a line between two points lies below the
+    method's true curve and flatters what is compared with it. Both directions are therefore given (each method's
+    points against the other's lines): where they agree, the lines are not what decides.
     """
     rows = []
-    steered = [r for r in section.runs if r.method.startswith("mavis") and r.tracks_kl]
-    others = [r for r in section.runs if r.weights and r.tracks_kl]
-    for run in steered:
-        same = [r for r in others if r.method != run.method and r.weights == run.weights]
-        for family, rivals in _grouped(same, lambda r: section.families[r.folder]):
-            curve = ([section.reference] if section.reference and section.reference.tracks_kl else []) + rivals
-            rows.append(_equal_kl_row(section, run, family, curve))
+    tracked = [p for p in section.compared if p.tracks_kl]
+    start = [section.reference] if section.reference and section.reference.tracks_kl else []
+    for point in tracked:
+        for family, others in grouped([p for p in tracked if section.family(p) != section.family(point)],
+                                      section.family):  # fmt: skip
+            for weights, rivals in _rivals(point, others):
+                rows.append(_equal_kl_row(section, point, weights, family, start + rivals))
     return rows
 
 
-def _equal_kl_row(section: Section, run: RunRecord, family: str, curve: list[RunRecord]) -> dict:
-    shared = sorted(set.intersection(*(set(r.table.index) for r in [run, *curve])))
-    added = np.array([r.kl_added for r in [run, *curve]])
-    kls = np.array([r.table.loc[shared, "log_ratio"] for r in [run, *curve]])  # (runs, prompts)
-    reward = np.array([sum(w * r.table.loc[shared, o] for o, w in run.weights.items()) for r in [run, *curve]])
+def _rivals(point: Point, others: Sequence[Point]):
+    """(weights, points of another method that are measured by them) that a point may be compared with."""
+    if point.weights:
+        same = [p for p in others if p.weights in (point.weights, {})]
+        return [(point.weights, same)] if same else []
+    return [(group[0].weights, group) for _, group in grouped(others, lambda p: str(p.weights)) if group[0].weights]
 
-    def difference(rows) -> float:
-        kl, mean = kls[:, rows].mean(1) + added, reward[:, rows].mean(1)
-        return mean[0] - interpolate_at(kl[0], kl[1:], mean[1:])
 
-    value = difference(slice(None)) if shared else math.nan
-    low, high = math.nan, math.nan
-    if math.isfinite(value) and len(shared) > 1:
-        draws = bootstrap(difference, len(shared))
-        inside = draws[np.isfinite(draws)]  # a resample may fall beyond the curve's end
-        if len(inside) > 0.9 * len(draws):
-            low, high = percentiles(inside)
+def _equal_kl_row(section: Section, point: Point, weights: dict, family: str, curve: list[Point]) -> dict:
+    shared = sorted(set.intersection(*(set(p.table.index) for p in [point, *curve])))
+    result = None
+    if shared:
+        kls = [p.table.loc[shared, "log_ratio"] + p.kl_added for p in [point, *curve]]
+        rewards = [p.column(WEIGHTED, weights, shared) for p in [point, *curve]]
+        result = equal_kl(kls[0], rewards[0], np.array(kls[1:]), np.array(rewards[1:]))
+    # Best of N's KL is an upper bound: truly it lies further left, so that its curve is higher at any KL.
+    bounds = {(True, True): "unknown", (True, False): "at least", (False, True): "at most", (False, False): "exact"}
+    low, high = result.interval if result else (math.nan, math.nan)
+    left, right = result.between if result else (math.nan, math.nan)
     return {
-        "series": section.names[run.folder], "weights": run.weights, "against": family, "prompts": len(shared),
-        "kl": run.kl[0], "highest_kl": max(r.kl[0] for r in curve), "lowest_kl": min(r.kl[0] for r in curve),
-        "difference": value, "low": low, "high": high, "is_bound": any(r.kl_added for r in curve),
+        "a": section.name(point), "weights": weights, "b": family, "prompts": len(shared), "kl": point.kl[0],
+        "lowest_kl": min(p.kl[0] for p in curve), "highest_kl": max(p.kl[0] for p in curve),
+        "difference": result.difference if result else math.nan, "low": low, "high": high,
+        "left_kl": left, "right_kl": right, "beyond": result.beyond if result else math.nan,
+        "bound": bounds[point.kl_added != 0, any(p.kl_added for p in curve)],
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
+# ------------------------------------------------------------------------------------------------------------- figures
 
 
-WEIGHTED = "weighted reward"
+def _front_point(point: Point, x: str, y: str) -> PlotPoint:
+    a, b = point.table[x], point.table[y]
+    text = "/".join(f"{point.weights.get(o, 0):g}" for o in (x, y)) if point.weights else ""
+    return PlotPoint(a.mean(), b.mean(), mean_interval(a), mean_interval(b), text)
 
 
-def _column(run: RunRecord, name: str, weights: Mapping[str, float]) -> np.ndarray:
-    """(prompts,) of a reward, or of the rewards' weighted sum."""
-    if name == WEIGHTED:
-        return sum(w * run.table[o] for o, w in weights.items()).to_numpy()
-    return run.table[name].to_numpy()
-
-
-def _front_point(section: Section, run: RunRecord) -> PlotPoint:
-    x, y = (run.table[o] for o in section.objectives)
-    text = "/".join(f"{run.weights.get(o, 0):g}" for o in section.objectives) if run.weights else ""
-    return PlotPoint(x.mean(), y.mean(), mean_interval(x), mean_interval(y), text)
-
-
-def _kl_point(run: RunRecord, name: str, weights: Mapping[str, float]) -> PlotPoint:
-    kl, error = run.kl
-    values = _column(run, name, weights)
-    series = run.arguments["series"]
+def _kl_point(point: Point, name: str, weights: Mapping[str, float], look=None) -> PlotPoint:
+    kl, error = point.kl
+    values = point.column(name, weights)
+    series = point.arguments["series"]
     text = next((_short(series[k]) for k in ALWAYS_NAMED if k in series), "")
-    return PlotPoint(kl, float(values.mean()), (kl - 1.96 * error, kl + 1.96 * error), mean_interval(values), text)
+    interval = (kl - 1.96 * error, kl + 1.96 * error)
+    return PlotPoint(kl, float(values.mean()), interval, mean_interval(values), text, look)
 
 
-def plot_section(section: Section, output_dir: Path, stem: str) -> list[str]:
-    """The figures of a section, as file names in `output_dir`: the front of a pair, and rewards against KL."""
-    files = []
-    title = "\n".join(t for t in (section.title, section.label) if t)
-    if len(section.objectives) == 2:
-        series = {name: [_front_point(section, r) for r in runs] for name, runs in section.series.items()}
-        reference = section.reference and _front_point(section, section.reference)
-        plot_front(output_dir / f"{stem}_front.png", series, reference, labels=section.objectives, title=title)
-        files.append(f"{stem}_front.png")
-    tracked = [r for r in section.runs if r.weights and r.tracks_kl]
-    reference = section.reference if section.reference and section.reference.tracks_kl else None
-    if tracked:
-        panels = {}
-        for name in (*section.objectives, WEIGHTED):
-            panels[name] = {}
-            for weights, runs in _grouped(tracked, lambda r: describe_weights(r.weights)):
-                given = runs[0].weights
-                series = {
-                    family + (" (KL: upper bound)" if any(r.kl_added for r in rs) else ""): [
-                        _kl_point(r, name, given) for r in rs
-                    ]
-                    for family, rs in _grouped(runs, lambda r: section.families[r.folder])
-                }
-                panels[name][weights] = (series, reference and _kl_point(reference, name, given))
-        title += "\nnumbers: beta, or N"
-        plot_curves(output_dir / f"{stem}_kl.png", panels, x_label="KL (nats per answer)", title=title)
-        files.append(f"{stem}_kl.png")
-    return files
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: its file's name, what it shows, and its PNG in each theme."""
+
+    name: str
+    caption: str
+    png: dict[str, bytes] = field(repr=False)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def number(value, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def interval(entry: Mapping, value: str = "mean") -> str:
-    text = number(entry[value])
-    return text if not math.isfinite(entry["low"]) else f"{text} [{number(entry['low'])}, {number(entry['high'])}]"
-
-
-def kl_text(row: Mapping) -> str:
-    if not math.isfinite(row["kl"]):
-        return "-"
-    return ("<= " if row["kl_is_upper_bound"] else "") + f"{row['kl']:.2f} +- {number(row['kl_error'], 2)}"
-
-
-Table = tuple[list[str], list[list[str]]]
-
-
-def main_table(section: Section, rows: Sequence[Mapping]) -> Table:
-    """Every run of the section; all rewards and judges' scores that some run has, the section's objectives first."""
-    scores = list(dict.fromkeys([*section.objectives, *(s for r in rows for s in r["rewards"])]))
-    header = ["method", "weights", "prompts", *scores, "KL", "s/prompt", "tokens", "distinct", "log p_ref", "dominated"]
-    body = []
-    for r in rows:
-        body.append(
-            [
-                r["series"],
-                describe_weights(r["weights"]) or "-",
-                str(r["prompts"]),
-                *(interval(r["rewards"][s]) if s in r["rewards"] else "-" for s in scores),
-                kl_text(r),
-                number(r["seconds_per_prompt"]),
-                number(r["tokens"], 1),
-                number(r["distinct"]),
-                number(r["reference_log_prob"], 2),
-                "yes" if r["dominated"] else "",
-            ]
+def figures_of(section: Section, stem: str) -> list[Figure]:
+    """A front for each pair of the section's objectives, and rewards against KL; names begin with `stem`."""
+    looks = looks_of(
+        {f: list(dict.fromkeys(map(section.name, ps))) for f, ps in grouped(section.compared, section.family)}
+    )
+    title = "\n".join(textwrap.fill(t, 70) for t in (section.title, section.label) if t)
+    figures = []
+    for x, y in itertools.combinations(section.objectives, 2):
+        series = {name: [_front_point(p, x, y) for p in points] for name, points in section.series.items()}
+        reference = section.reference and _front_point(section.reference, x, y)
+        pair = "_front" if len(section.objectives) == 2 else f"_{x}_{y}_front"
+        figures.append(
+            Figure(
+                f"{stem}{pair}.png",
+                f"Mean rewards of {x} and {y} with 95 % intervals over prompts. Numbers are the weights of {x} and "
+                f"{y}; lines are each series' own front, and a hollow point is dominated by another of its series.",
+                _in_themes(plot_front, series, reference, labels=(x, y), title=title, looks=looks),
+            )
         )
-    return header, body
+    panels = _kl_panels(section, looks)
+    if panels:
+        curves = {f: looks[section.name(ps[-1])] for f, ps in grouped(section.compared, section.family)}
+        curves |= {f + BOUND: look for f, look in curves.items()}
+        figures.append(
+            Figure(
+                f"{stem}_kl.png",
+                "Rewards against the KL that they cost, with 95 % intervals; a column for each weights, lines from the "
+                "reference through a method's points. Numbers are beta, or the N of best of N.",
+                _in_themes(plot_curves, panels, x_label="KL (nats per answer)", title=title, looks=curves),
+            )
+        )
+    return figures
 
 
-def hypervolume_table(result: Mapping) -> Table:
-    return ["method", "points", "hypervolume [95 %]"], [
-        [r["series"], str(r["points"]), interval(r, "hypervolume")] for r in result["series"]
-    ]
+BOUND = " (KL: upper bound)"
 
 
-def difference_table(rows: Sequence[Mapping]) -> Table:
-    return ["method", "weights", "reward", "difference [95 %]", "s.e.", "prompts"], [
-        [
-            r["series"],
-            describe_weights(r["weights"]) or "-",
-            r["score"],
-            interval(r, "difference"),
-            number(r["error"]),
-            str(r["prompts"]),
-        ]
-        for r in rows
-    ]
+def _kl_panels(section: Section, looks) -> dict:
+    """{reward: {weights: (series, reference)}} of the points whose KL was tracked, columns by falling first weight."""
+    tracked = [p for p in section.compared if p.tracks_kl]
+    free = [p for p in tracked if not p.weights]
+    reference = section.reference if section.reference and section.reference.tracks_kl else None
+    weighted = [p for p in tracked if p.weights]
+    weighted.sort(key=lambda p: [-p.weights.get(o, 0.0) for o in section.objectives])
+    panels: dict = {}
+    for name in (*section.objectives, WEIGHTED):
+        for text, points in grouped(weighted, lambda p: describe_weights(p.weights)):
+            weights = points[0].weights
+            series = {
+                family + (BOUND if any(p.kl_added for p in ps) else ""): [
+                    _kl_point(p, name, weights, looks[section.name(p)]) for p in ps
+                ]
+                for family, ps in grouped([*points, *free], section.family)
+            }
+            at = reference and _kl_point(reference, name, weights)
+            panels.setdefault(name, {})[text] = (series, at)
+    return panels
 
 
-def equal_kl_table(rows: Sequence[Mapping]) -> Table:
-    body = []
-    for r in rows:
-        text = interval(r, "difference")
-        if not math.isfinite(r["difference"]):
-            text = f"not reached: its KL spans {r['lowest_kl']:.2f} to {r['highest_kl']:.2f}"
-        against = r["against"] + (" (KL: upper bound)" if r["is_bound"] else "")
-        body.append([r["series"], describe_weights(r["weights"]), f"{r['kl']:.2f}", against, text, str(r["prompts"])])
-    return ["method", "weights", "KL", "less", "weighted reward at equal KL [95 %]", "prompts"], body
+def _in_themes(plot, *args, **options) -> dict[str, bytes]:
+    drawn = {}
+    for theme in THEMES:
+        stream = io.BytesIO()
+        plot(stream, *args, **options, theme=theme)
+        drawn[theme] = stream.getvalue()
+    return drawn
 
 
-def markdown_table(table: Table) -> str:
-    header, body = table
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def text_table(table: Table) -> str:
-    header, body = table
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [header, *body])
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ Markdown
-
-
-def fenced(text: str) -> str:
-    """Text as it is: a code block whose fence is longer than any run of backticks in it."""
-    longest = max((len(list(run)) for char, run in itertools.groupby(text) if char == "`"), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
-def samples_markdown(section: Section) -> str:
-    """The first prompts that all runs share, each series' first answer to them, unedited: the most balanced weights."""
-    chosen = [r for r in section.runs if not r.weights]
-    for runs in section.series.values():
-        chosen.append(min(runs, key=lambda r: max(r.weights.values())))
-    parts = []
-    for index in section.shared[:SAMPLES_SHOWN]:
-        for n, run in enumerate(chosen):
-            sample = next(s for s in run.samples if s["index"] == index and s["trial"] == 0)
-            if n == 0:
-                parts.append(f"**Prompt {index}**\n\n{fenced(sample['prompt'])}")
-            scores = ", ".join(f"{k} {v:.2f}" for k, v in sample["rewards"].items())
-            weights = f" ({describe_weights(run.weights)})" if run.weights else ""
-            parts.append(f"{section.names[run.folder]}{weights}: {scores}\n\n{fenced(sample['response'])}")
-    return "\n".join(parts)
+# -------------------------------------------------------------------------------------------------------------- result
 
 
 @dataclass(frozen=True)
@@ -589,59 +714,32 @@ class SectionReport:
     section: Section
     rows: list[dict]
     hypervolume: dict
+    to_reference: list[dict]
     differences: list[dict]
     equal_kl: list[dict]
-    figures: list[str]
+    figures: list[Figure]
     notes: list[str]
 
     def as_dict(self) -> dict:
         section = self.section
         return {
-            "configuration": section.label, "dataset": section.dataset, "objectives": list(section.objectives),
-            "runs": self.rows, "hypervolume": self.hypervolume, "differences_to_reference": self.differences,
-            "at_equal_kl": self.equal_kl, "figures": self.figures, "notes": self.notes,
+            "configuration": section.label, "dataset": section.dataset, "split": section.split,
+            "objectives": list(section.objectives), "runs": self.rows, "hypervolume": self.hypervolume,
+            "differences_to_reference": self.to_reference, "differences": self.differences,
+            "at_equal_kl": self.equal_kl, "figures": [f.name for f in self.figures], "notes": self.notes,
         }  # fmt: skip
 
-    def hypervolume_text(self) -> str:
-        point = self.hypervolume["reference_point"]
-        if point is None:
-            return "No prompt is shared by all runs, so there is no hypervolume."
-        point = ", ".join(f"{o} {x:.4f}" for o, x in zip(self.section.objectives, point, strict=True))
-        prompts = self.hypervolume["prompts"]
-        return f"Hypervolume above the reference point ({point}), over the {prompts} prompts that all runs share."
 
-    def markdown(self) -> str:
-        parts = [f"## {self.section.title}\n"]
-        parts += [f"Note: {note}.\n" for note in self.notes]
-        parts += [f"![{name}]({name})\n" for name in self.figures]
-        parts.append(
-            "Mean rewards with 95 % bootstrap intervals over prompts. KL is the mean log-ratio of an answer to the "
-            "reference's full softmax, with its standard error; seconds are decoding alone, per answer, in batches; "
-            "log p_ref is the reference's log-probability per token. The intervals are each run's alone; runs on "
-            "the same prompts are compared by the paired differences below.\n"
-        )
-        parts.append(markdown_table(main_table(self.section, self.rows)))
-        if self.hypervolume["series"]:
-            parts += [self.hypervolume_text() + "\n", markdown_table(hypervolume_table(self.hypervolume))]
-        if self.equal_kl:
-            parts.append("Weighted reward of each MAVIS run less another method's at the same weights and KL.\n")
-            parts.append(markdown_table(equal_kl_table(self.equal_kl)))
-        if self.differences:
-            parts.append("Paired differences to the reference on the same prompts.\n")
-            parts.append(markdown_table(difference_table(self.differences)))
-        parts.append(f"### Samples\n\n{samples_markdown(self.section)}")
-        return "\n".join(parts)
-
-
-def report_section(section: Section, output_dir: Path, stem: str, reference_point=None) -> SectionReport:
-    """Compute a section and draw its figures."""
+def report_section(section: Section, stem: str, reference_point=None, compared=None) -> SectionReport:
+    """Compute a section and draw its figures; arguments as of `figures_of`, `hypervolumes`, `between_methods`."""
     return SectionReport(
         section,
-        run_rows(section),
+        point_rows(section),
         hypervolumes(section, reference_point),
-        differences(section),
+        to_reference(section),
+        between_methods(section, compared),
         at_equal_kl(section),
-        plot_section(section, output_dir, stem),
+        figures_of(section, stem),
         unequal_settings(section),
     )
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,7 +232,7 @@ def train_full(
         "logging_strategy": "no" if report_to == "none" else "steps",
         "logging_steps": 50,
         "activation_checkpointing": False,
-        "disable_tqdm": True,
+        "disable_tqdm": not sys.stderr.isatty(),
     }
     trainer = (_pair_trainer if isinstance(source[0], Pair) else _label_trainer)(
         model, tokenizer, source, rows, settings

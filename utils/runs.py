@@ -198,7 +198,7 @@ class RunSpec:
         series: the settings that the points of one front share (beta, number of samples, value models, ...).
         arguments: resolved arguments that determine the result.
         setting: arguments that do not (device, batch size, ...).
-        determining: further plain data that determines the result (models, prompts), hashed and not written.
+        determining: further plain data that determines the result (fingerprints of models, rewards and prompts).
         configuration: the whole configuration, for the reader.
         kl_added: what the method's KL is at most above the mean log-ratio of its answers (best-of-N), in nats.
     """
@@ -374,7 +374,7 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
                 "identity": spec.identity, "kind": spec.kind, "method": spec.method, "dataset": spec.dataset,
                 "objectives": list(spec.objectives), "weights": spec.weights, "series": spec.series,
                 "num_trials": spec.num_trials, "indices": list(spec.indices), "arguments": spec.arguments,
-                "setting": spec.setting, "kl_added": spec.kl_added, "started": now,
+                "setting": spec.setting, "determining": spec.determining, "kl_added": spec.kl_added, "started": now,
                 "process": process, "versions": versions(), "commit": git_commit(), "resumed": [],
                 "configuration": spec.configuration,
             }  # fmt: skip

@@ -967,6 +967,7 @@ def train(
             optimizer.step()
             done, since = step + 1, since + 1
             bar.update(1)
+            bar.tokens(int(lengths[plan[step]].sum()))
             if done not in logged:
                 continue
             loss = float(accelerator.reduce(running, "sum") if world > 1 else running) / since

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils import models
     from utils import reward_training as training
     from utils.judge import judge_path
+    from utils.tracking import Tracker
 
     if args.output_dir is None:
         training.check_head(config, spec)
@@ -94,12 +95,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{spec.name}: {len(source)} training and {len(holdout)} held-out examples"
         + (f"; dropped {dict(dropped)}" if dropped else "")
     )
-    if spec.training.head == "linear":
-        metrics = training.train_linear(config, spec, output, source, holdout, device, args.bf16)
-    else:
-        report_to = "wandb" if args.wandb else "none"
-        metrics = training.train_full(config, spec, output, source, holdout, device, args.bf16, report_to)
-    judge, words = training.bag_of_words(source, holdout)
+    with Tracker(args.wandb, "train_reward_model", f"reward_{spec.name}", arguments) as tracker:
+        metrics = _train(args, config, spec, output, source, holdout, device)
+        judge, words = training.bag_of_words(source, holdout)
+        tracker.summary({**metrics, "bag_of_words": words, "num_train": len(source)})
     if spec.training.kind == "preference" and args.output_dir is None:
         judge.save(judge_path(config, spec.name))  # evaluation logs it beside the reward; no stage trains on it
     metrics |= {"bag_of_words": words, "num_train": len(source)}
@@ -107,6 +106,16 @@ def main(argv: list[str] | None = None) -> int:
     training.write_metrics(output, metrics)
     print(f"{training.summary(spec.name, metrics)}\nsaved {output}")
     return 0
+
+
+def _train(args, config, spec, output: Path, source, holdout, device) -> dict:
+    """Train the head that is asked for; its metrics. A trainer's curve goes into the run that --wandb has opened."""
+    from utils import reward_training as training
+
+    if spec.training.head == "linear":
+        return training.train_linear(config, spec, output, source, holdout, device, args.bf16)
+    report_to = "wandb" if args.wandb else "none"
+    return training.train_full(config, spec, output, source, holdout, device, args.bf16, report_to)
 
 
 def _dry_run(config, spec, output: Path, data_files) -> int:

@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from utils import models
+    from utils.tracking import Tracker
 
     cpu = torch.device("cpu")
     own = models.resolved_config(base).dtype or torch.float32
@@ -163,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     model = models.merge_adapter(model, adapter).to(dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(output, model, tokenizer, made_from)
+    with Tracker(args.wandb, "merge_sft_lora", output.name, made_from) as tracker:
+        tracker.summary({"vocabulary": models.vocabulary_size(model)})
     print(f"merged model: {output} ({models.vocabulary_size(model):,} tokens, {str(dtype).removeprefix('torch.')})")
     dataset = recorded.get("dataset") or args.exp_type
     if dataset and Path(config.sft_path(config.dataset(dataset))).absolute() != output.absolute():

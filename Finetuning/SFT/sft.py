@@ -14,7 +14,6 @@ before, the same command goes on from its last checkpoint. Finetuning/SFT/merge_
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -402,14 +401,13 @@ def main(argv: list[str] | None = None) -> int:
     if is_complete(folder, settings, args.rerun):
         print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        raise DataError("--wandb needs the package wandb: pip install wandb, or leave --wandb out")
 
     start = time.monotonic()
     device = pick_device(args.device)
     import torch
 
     from utils import models, runs
+    from utils.tracking import Tracker
 
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     arguments = trainer_arguments(args, spec, checkpoints, device)
@@ -429,7 +427,9 @@ def main(argv: list[str] | None = None) -> int:
         for reason, count in counts.items():
             print(f"{count:>9,}  {reason}")
         print(f"resuming from {resume}" if resume else f"training; checkpoints in {checkpoints}", flush=True)
-    trainer = train(model, tokenizer, examples, spec, arguments, resume)
+    with Tracker(args.wandb and is_main, "sft", folder.name, settings) as tracker:
+        tracker.summary({"rows": counts})
+        trainer = train(model, tokenizer, examples, spec, arguments, resume)  # its callback logs into this run
 
     if is_main:
         record = {"settings": settings, "rows": counts, "command": runs.command_line(), "versions": runs.versions()}
