@@ -43,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
                        "published (default: what label_tree.py --soft wrote, else future)")  # fmt: skip
     group.add_argument("--deepest_fraction", type=float, help="share of each tree's deepest nodes to train on")
     group = parser.add_argument_group("training (defaults: the configuration's)")
-    group.add_argument("--num_epochs", type=int, help="passes over the training nodes; 0: the ridge start alone")
+    group.add_argument("--num_epochs", type=int, help="passes over the training nodes; 0: --head_start ridge alone")
     group.add_argument("--head_start", choices=("mean", "ridge"),
-                       help="a new head predicts the targets' mean, or is a ridge regression on states")  # fmt: skip
+                       help="the head: a new one predicts the targets' mean, or a ridge regression")  # fmt: skip
     group.add_argument("--targets", choices=("ends", "dense"),
                        help="a node's target at its last token (published), or at each of its tokens")  # fmt: skip
     group.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=None,
@@ -90,8 +90,8 @@ def training_spec(args, dataset, objective):
             raise UsageError(
                 f"--{name} must be at least {low}" + (f" and at most {high}" if high else "") + f", got {value}"
             )
-    if spec.num_epochs == 0 and (spec.head_start != "ridge" or args.init_checkpoint):
-        raise UsageError("--num_epochs 0 leaves a new head's --head_start ridge, and nothing else; give at least 1")
+    if spec.num_epochs == 0 and spec.head_start != "ridge":
+        raise UsageError("--num_epochs 0 trains nothing but --head_start ridge; give that, or at least 1")
     if not math.isfinite(spec.lr) or spec.lr <= 0:
         raise UsageError(f"--lr must be a positive number, got {spec.lr}")
     if not math.isfinite(args.KL_penalty) or args.KL_penalty < 0:
@@ -212,11 +212,11 @@ def main(argv=None) -> int:
             f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
         )
         model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
-        if not init and not (folder / vt.STATE).is_file():
+        if not (folder / vt.STATE).is_file():
             if spec.head_start == "ridge":
                 ridge = vt.start_at_ridge(model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device)
                 accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
-            else:
+            elif not init:
                 vt.start_at_mean(model, training, packing=spec.packing, device=device)
     assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
 

@@ -333,6 +333,85 @@ def log_of(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
+    """From one plain call per path; a second fit from another head is drawn towards that head."""
+    model, data = lora(value_model("llama_full", pooling=pooling)), examples(12)
+    head = model.get_base_model().score.weight
+    rows, targets, groups = [], [], []
+    for group, x in enumerate(data):
+        for node in x.nodes:
+            path = torch.tensor(x.tree.path_tokens(node)[None].astype(np.int64))
+            state = model(input_ids=path, output_hidden_states=True).hidden_states[-1][0].detach()
+            start = len(x.tree.tokens[0])
+            rows.append((state[-1] if pooling == "last" else state[start:].mean(0)).numpy())
+            targets.append(x.targets[node])
+            groups.append(group)
+    x, targets, groups = np.array(rows), np.array(targets), np.array(groups)
+
+    def within_and_mean(a):
+        means = np.array([a[groups == g].mean(0) for g in groups])
+        return a - means, means
+
+    def fit(kept, ridge, y):
+        (xw, xm), (yw, ym) = within_and_mean(x), within_and_mean(y)
+        root = math.sqrt(vt.BETWEEN)
+        a = np.concatenate([xw[kept], root * xm[kept]])
+        b = np.concatenate([yw[kept], root * ym[kept]])
+        unit = (np.square(xw).sum() + vt.BETWEEN * np.square(xm).sum()) / x.shape[1]
+        return np.linalg.solve(a.T @ a + ridge * unit * np.eye(x.shape[1]), a.T @ b)
+
+    for start in (np.zeros(x.shape[1]), np.linspace(-1, 1, x.shape[1])):
+        with torch.no_grad():
+            head.copy_(torch.tensor(start)[None])
+        y = targets - x @ start
+        errors = []
+        for ridge in vt.RIDGES:
+            left = [
+                within_and_mean(y - x @ fit(groups % 5 != fold, ridge, y))[0][groups % 5 == fold] for fold in range(5)
+            ]
+            errors.append(sum(np.square(e).sum() for e in left))
+        chosen = vt.start_at_ridge(model, data)
+        assert chosen == vt.RIDGES[int(np.argmin(errors))]
+        expected = start + fit(groups >= 0, chosen, y)
+        assert np.allclose(head.detach().numpy()[0], expected, atol=1e-6 * abs(expected).max())
+    assert vt.correlation(targets, x @ expected, groups) > 0.5
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_ridge_start_without_epochs_is_the_model_and_its_error_is_reported(tmp_path, standardize):
+    spec = dataclasses.replace(SPEC, num_epochs=0, head_start="ridge", standardize=standardize)
+    model, data, held_out = lora(value_model("llama_full", pooling="mean")), examples(12), examples(4, start=50)
+    with torch.no_grad():
+        model.get_base_model().score.weight.zero_()
+    vt.start_at_ridge(model, data)
+    before = model.get_base_model().score.weight.detach().clone()
+    metrics = vt.train(model, data, held_out, spec, tmp_path)
+    assert torch.allclose(model.get_base_model().score.weight, before, rtol=1e-6)
+    assert metrics["num_steps"] == metrics["best_step"] == 0 and math.isnan(metrics["train_loss"])
+    targets = np.concatenate([x.targets[x.nodes] for x in held_out])
+    assert metrics["val_loss"] == pytest.approx(
+        np.square(vt.predict(model, held_out).numpy() - targets).mean(), rel=1e-5
+    )
+
+
+def test_training_in_standard_deviations_learns_the_same_values_whatever_the_rewards_unit(tmp_path):
+    spec = dataclasses.replace(SPEC, standardize=True, num_epochs=1)
+    predictions = []
+    for unit in (1.0, 1e-3):
+        model = lora(value_model("llama_full"))
+        with torch.no_grad():
+            model.get_base_model().score.weight.zero_()
+        data, held_out = [
+            [dataclasses.replace(x, targets=unit * x.targets) for x in part]
+            for part in (examples(8), examples(4, start=50))
+        ]
+        vt.train(model, data, held_out, spec, tmp_path / str(unit))
+        predictions.append(vt.predict(model, held_out).numpy() / unit)
+    assert abs(predictions[0]).max() > 0.05
+    assert np.allclose(*predictions, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("packing", ["node", "tree"])
 def test_training_learns_and_keeps_the_best_parameters(tmp_path, packing):
     _, metrics = trained(tmp_path, packing, num_epochs=3, lr=1e-2)

@@ -98,8 +98,8 @@ class TrainingSpec:
     packing: str = "node"  # "node": one path per example, as published; "tree": one pass over a tree's unique tokens
     deepest_fraction: float = 0.5  # share of each tree's deepest-level nodes that is trained on
     targets: str = "ends"  # "ends": a node's target at its last token, as published; "dense": at each of its tokens
-    # Where a new head starts: "mean" predicts about the targets' mean; "ridge" is the regression of the targets on the
-    # untrained model's states, after which num_epochs may be 0.
+    # Where the head starts: "mean": a new one predicts about the targets' mean; "ridge": the regression of the targets
+    # on the states before training, after which num_epochs may be 0.
     head_start: str = "mean"
     standardize: bool = False  # train in units of the targets' standard deviation, so that lr means the same for all
     seed: int = 8888

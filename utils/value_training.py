@@ -38,6 +38,7 @@ from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # penalties that `start_at_ridge` chooses from
+BETWEEN = 0.1  # what a prompt's mean counts there
 VALUE_POOLING = "value_pooling"  # the model configuration's attribute that says how a value model reads a text
 VALIDATION_SHARE = 0.2  # of the training's cost, at most, however many validation trees there are
 TOKENS_PER_PASS = 8192  # padded tokens of one forward pass; a step that has more is done in several
@@ -698,17 +699,19 @@ def start_at_ridge(
     folds: int = 5,
     max_tokens: int = TOKENS_PER_PASS,
 ) -> float:
-    """Let a new model's head be the ridge regression of the targets on the untrained states.
+    """Let the head be the ridge regression of the targets on the states, drawn towards where it is (a new one is at 0).
 
-    The squared error is the training's, over nodes; the penalty is the one of `RIDGES` that predicts the differences
-    *within* a prompt best, over folds of whole trees, since only these steer.
+    Only differences within a prompt steer, and most of the variance lies between prompts, of which there are few: the
+    error of a tree's mean counts `BETWEEN` as much as that of its nodes' differences from it. The penalty is the one of
+    `RIDGES` that predicts these differences best, over folds of whole trees.
 
     Returns:
         the penalty, as a share of the states' mean square.
     """
-    training, size = model.training, _head_weight(model).shape[1]
+    training, weight = model.training, _head_weight(model)
+    size = weight.shape[1]
     model.eval()
-    gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)  # of the states: all, within a prompt
+    gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)  # of the states; [1] within a prompt
     cross = torch.zeros(2, folds, size, dtype=torch.float64, device=device)  # with the targets
     layouts = [lay_out(x, x.nodes) for x in examples]
     bar = progress(total=len(layouts), desc="ridge", unit="tree")
@@ -718,12 +721,14 @@ def start_at_ridge(
             states = node_states(model, batch).double()
         for row, i in enumerate(group):
             mine, fold = batch.rows == row, i % folds
-            x, y = states[mine], batch.targets[mine].double()
-            for kind in (0, 1):
-                if kind:
-                    x, y = x - x.mean(0), y - y.mean()
-                gram[kind, fold] += x.T @ x
-                cross[kind, fold] += y @ x
+            x = states[mine]
+            y = batch.targets[mine].double() - x @ weight[0].double()
+            mean, level, count = x.mean(0), y.mean(), len(y)
+            x, y = x - mean, y - level
+            gram[1, fold] += x.T @ x
+            cross[1, fold] += y @ x
+            gram[0, fold] += x.T @ x + BETWEEN * count * torch.outer(mean, mean)
+            cross[0, fold] += y @ x + BETWEEN * count * level * mean
         bar.update(len(group))
     bar.close()
     model.train(training)
@@ -740,8 +745,7 @@ def start_at_ridge(
             w = solve([g for g in used if g != f], ridge)
             error[n] += w @ gram[1, f] @ w - 2 * w @ cross[1, f]
     best = RIDGES[int(error.argmin())] if len(used) > 1 else RIDGES[-1]
-    weight = _head_weight(model)
-    weight.copy_(solve(used, best)[None].to(weight.dtype))
+    weight += solve(used, best)[None].to(weight.dtype)
     return best
 
 

@@ -13,7 +13,7 @@ if [ -n "${DATA_DIR:-}" ] && [ ! -d "$DATA_DIR" ]; then
   echo "error: DATA_DIR=$DATA_DIR is no folder; name the folder that holds hh/ and humor/, or unset it for the Hub" >&2
   exit 1
 fi
-PROMPTS=${PROMPTS:-300} VAL=${VAL:-50} EVAL=() REWARD=(--bf16)
+PROMPTS=${PROMPTS:-500} VAL=${VAL:-50} EVAL=() REWARD=(--bf16)
 WORKSPACE=workspaces/smollm
 if [ -n "${SMOKE:-}" ]; then
   PROMPTS=12 VAL=4 WORKSPACE=workspaces/smollm_smoke
