@@ -3,7 +3,7 @@
 #
 # For each objective: trees under the MAVIS policy of its value model of iteration ITER - 1, labels, split, and training
 # that goes on from that value model. BETA (default 4) is the policy's, ETA (default 0) the weight of the expected
-# log-ratio in soft values. scripts/anthropic/train_iter_n.sh and scripts/summary/train_iter_n.sh call it.
+# log-ratio in soft values, TREE_SHAPE further arguments of get_data_iter.py, e.g. "--num_layers 3". scripts/anthropic/train_iter_n.sh and scripts/summary/train_iter_n.sh call it.
 set -euo pipefail
 
 . "$(dirname "$0")/env.sh"
@@ -20,7 +20,7 @@ WORKSPACE=$(workspace_of "$@")
 for objective in $OBJECTIVES; do
   TREES=$WORKSPACE/tree_data/$DATASET/iter_$ITER/$objective
   TRAINING=$WORKSPACE/data_for_training/$DATASET/iter_$ITER/$objective
-  stage "trees $objective" python get_data_iter.py 0 "$NUM" "$objective" --value_model_iter $((ITER - 1)) --beta "$BETA" "${DATA[@]}"
+  stage "trees $objective" python get_data_iter.py 0 "$NUM" "$objective" --value_model_iter $((ITER - 1)) --beta "$BETA" ${TREE_SHAPE:-} "${DATA[@]}"
   stage "labels $objective" python label_tree.py "$TREES" "$objective" --soft "${DATA[@]}"
   stage "split $objective" python split_data.py "$TREES" ${NUM_VAL:+--num_val "$NUM_VAL"} --output_dir "$TRAINING" "${DATA[@]}"
   stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" \

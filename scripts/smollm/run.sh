@@ -44,38 +44,21 @@ for objective in help harm humor relevance; do
 done
 stage "token tables" python fit_token_table.py "$TRAINING" all "${DATA[@]}" "${WORLD[@]}"
 
-report() {
-  python pareto_report.py "$WORKSPACE"/baseline_logs "$WORKSPACE"/baseline_bon_logs "$WORKSPACE"/mavis_logs --output_dir "$WORKSPACE/report"
+report() {  # OBJECTIVES FOLDER
+  stage "report" python pareto_report.py "$WORKSPACE"/{mavis,baseline,baseline_bon,mavis_bs}_logs --objectives "$1" --output_dir "$WORKSPACE/$2"
 }
-mavis() {  # WEIGHTS BETA
-  stage "mavis $1 beta $2" python mavis.py --obj_weights "$1" --beta "$2" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-}
-table() {  # WEIGHTS BETA
-  stage "token table $1 beta $2" python baseline_eval.py --token_table --obj_weights "$1" --beta "$2" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-}
-best_of() {  # WEIGHTS N
-  stage "best of $2, $1" python baseline_eval.py --num_samples "$2" --obj_weights "$1" "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-}
+mavis=(python mavis.py --beta 1 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
+baseline=(python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
+beams=(python mavis_bs.py --Q 4 --beta 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
 
-stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-for weights in 1,0 0.5,0.5 0,1 0,0,1 0,0,0,1; do
-  mavis "$weights" 4
-  table "$weights" 4
-done
-for weights in 0.75,0.25 0.25,0.75; do mavis "$weights" 4; done
-stage "prompt words beta 4" python baseline_eval.py --prompt_words --beta 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-best_of 0.5,0.5 4
-stage "report" report
-for weights in 1,0 0.5,0.5 0,1 0,0,1 0,0,0,1; do
-  mavis "$weights" 1
-  table "$weights" 1
-done
-stage "prompt words beta 1" python baseline_eval.py --prompt_words --beta 1 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}"
-for weights in 0.75,0.25 0.25,0.75; do
-  mavis "$weights" 1
-  table "$weights" 4
-done
-best_of 1,0 4
-best_of 0,1 4
-best_of 0.5,0.5 16
-stage "report" report
+stage "reference" "${baseline[@]}"
+stage "mavis" "${mavis[@]}" --front help,harm --points 5
+stage "mavis" "${mavis[@]}" --front humor,relevance --points 3
+stage "token table" "${baseline[@]}" --token_table --beta 1 2 4 --front help,harm --points 5
+stage "token table" "${baseline[@]}" --token_table --beta 1 2 4 --front humor,relevance --points 3
+stage "prompt words" "${baseline[@]}" --prompt_words --beta 1 2 4
+stage "best of 4" "${baseline[@]}" --num_samples 4 --obj_weights 1 --obj_weights 0.5,0.5 --obj_weights 0,1 --obj_weights 0,0,1 --obj_weights 0,0,0,1
+stage "beam search" "${beams[@]}" --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
+stage "best of 16" "${baseline[@]}" --num_samples 16 --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
+report help,harm report
+report humor,relevance report_humor_relevance

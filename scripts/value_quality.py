@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""What each iteration's value model explains on the held-out trees of each iteration's policy.
+
+    python scripts/value_quality.py --objectives help,relevance --iterations 2 --config smollm
+
+Reads <workspace>/value_models/iter_<N>/<objective> and the val/ trees of <workspace>/data_for_training/<dataset>/iter_0
+and iter_<N>/<objective>; writes a table and <workspace>/value_quality.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli  # noqa: E402
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
+    parser.add_argument("--objectives", default="all", help="objectives, e.g. help,relevance, or all (default: all)")
+    parser.add_argument("--iterations", type=int, default=1, help="the last iteration (default: 1)")
+    parser.add_argument("--output", type=Path, help="default: <workspace>/value_quality.json")
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    dataset = config.dataset(args.dataset)
+    objectives = cli.objectives_of(dataset, args.objectives)
+    folders = {
+        (objective, n): Path(
+            config.default_path("data_for_training", dataset.name, f"iter_{n}", *([objective] * (n > 0)))
+        )
+        for objective in objectives
+        for n in range(args.iterations + 1)
+    }
+    if args.dry_run:
+        rows = [
+            (f"trees of {o}, policy {n}", str(f), cli.found(str(f), "split_data.py")) for (o, n), f in folders.items()
+        ]
+        cli.report_dry_run(rows)
+        return 0
+
+    from utils.models import load_tokenizer, load_value_models, pick_device, resolved_config
+    from utils.value_training import write_json
+
+    device = pick_device(args.device)
+    reference = config.sft_path(dataset)
+    tokenizer, vocab_size = load_tokenizer(reference), resolved_config(reference).get_text_config().vocab_size
+    rows = []
+    for objective in objectives:
+        for model in range(args.iterations + 1):
+            loaded = load_value_models(config, None, {objective: model}, tokenizer, vocab_size, device)[objective]
+            for policy in range(args.iterations + 1):
+                report = measure(loaded, folders[objective, policy], objective, device)
+                rows.append({"objective": objective, "value_model": model, "policy": policy, **report})
+                explained, correlation = (report[f"{k}_within_prompt"] for k in ("explained_variance", "correlation"))
+                what = f"{objective}: value model {model} on trees of policy {policy}"
+                print(f"{what}: explained within a prompt {explained:.3f}, correlation {correlation:.3f}")
+    write_json(args.output or Path(config.default_path("value_quality.json")), {"label": config.label, "rows": rows})
+    return 0
+
+
+def measure(model, data_dir: Path, objective: str, device) -> dict[str, float]:
+    """A value model's fit to the held-out inner nodes of a folder of trees."""
+    import numpy as np
+
+    from utils import value_training as vt
+    from utils.hdf5_utils import read_trees
+
+    examples = vt.make_examples(read_trees(data_dir, "val"), objective, vt.validation_nodes, data_dir=data_dir)
+    predictions = vt.predict(model, examples, device=device).cpu().numpy()
+    targets = np.concatenate([x.targets[x.nodes] for x in examples])
+    groups = np.concatenate([np.full(len(x.nodes), i) for i, x in enumerate(examples)])
+    return vt.fit_report(targets, predictions, groups)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
