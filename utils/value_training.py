@@ -383,7 +383,7 @@ def pools_mean(model) -> bool:
     return getattr(model.config, VALUE_POOLING, "last") == "mean"
 
 
-def _response_mean(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def response_mean(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """(m, L) weights of the mean over the response's tokens, from its first to each place."""
     j = torch.arange(batch.ends.shape[1], device=batch.ends.device)
     place = batch.places[:, None]
@@ -403,7 +403,7 @@ def node_values(model, batch: Batch) -> torch.Tensor:
         if not pools_mean(model):
             return head.score(hidden[batch.rows, batch.places])[:, 0].float()
         scores = head.score(hidden)[..., 0]  # (B, L)
-        return (_response_mean(batch, scores.dtype) * scores[batch.rows]).sum(-1).float()
+        return (response_mean(batch, scores.dtype) * scores[batch.rows]).sum(-1).float()
 
 
 def node_states(model, batch: Batch) -> torch.Tensor:
@@ -412,7 +412,7 @@ def node_states(model, batch: Batch) -> torch.Tensor:
     if not pools_mean(model):
         return hidden[batch.rows, batch.places]
     with torch.autocast(hidden.device.type, enabled=False):
-        weights, states = _response_mean(batch, hidden.dtype), hidden.new_zeros(len(batch.rows), hidden.shape[-1])
+        weights, states = response_mean(batch, hidden.dtype), hidden.new_zeros(len(batch.rows), hidden.shape[-1])
         for row in range(len(hidden)):
             mine = batch.rows == row
             states[mine] = weights[mine] @ hidden[row]

@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""How well values can be told within a prompt: by layers, by pooling, and by the number of training trees.
+
+    python benchmarks/value_models.py --config smollm --layers 8 12 16 20 --trees 50 100 200 400 \
+        --output benchmarks/results/value_models_smollm.json
+
+One pass over labelled trees reads every node with the untrained base; each row is then a ridge regression of the node
+values on the states of one layer, of the last token or averaged over the response, as `--head_start ridge` fits it.
+Reported on the inner nodes of the validation trees: correlation and explained variance within a prompt, over all depths
+and at the root's children, where most is decided. The last row of each objective is the context-free token table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli  # noqa: E402
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="anthropic", help="data set of the configuration (default: anthropic)")
+    parser.add_argument("--data_dir", type=Path, help="labelled trees, split (default: the workspace's iteration 0)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16], help="first N layers of the base")
+    parser.add_argument("--trees", type=int, nargs="+", default=[50, 100, 200], help="numbers of training trees")
+    parser.add_argument("--output", type=Path, help="JSON file of the rows")
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    dataset = config.dataset(args.dataset)
+    data_dir = args.data_dir or Path(config.default_path("data_for_training", dataset.name, "iter_0"))
+    if args.dry_run:
+        cli.report_dry_run([("trees", str(data_dir), cli.found(str(data_dir), "split_data.py"))])
+        return 0
+
+    import numpy as np
+
+    from utils.hdf5_utils import read_trees
+    from utils.models import pick_device
+
+    trees = {split: list(read_trees(data_dir, split)) for split in ("train", "val")}
+    states = read_states(config, dataset, [*trees["train"], *trees["val"]], args.layers, pick_device(args.device))
+    split = np.repeat([False, True], [sum(len(t) - 1 for t in trees[s]) for s in ("train", "val")])
+    rows = []
+    for objective in dataset.objectives:
+        for layers in args.layers:
+            for pooling in ("last", "mean"):
+                rows += curve(
+                    states, states[layers, pooling], objective, split, args.trees, layers=layers, pooling=pooling
+                )
+        rows += table_rows(trees, objective, args.trees)
+    record = {
+        "rows": rows,
+        "label": config.label,
+        "training_trees": len(trees["train"]),
+        "validation_trees": len(trees["val"]),
+        "command": "python benchmarks/value_models.py " + " ".join(sys.argv[1:] if argv is None else argv),
+    }
+    print_rows(rows)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def read_states(config, dataset, trees, layers: list[int], device) -> dict:
+    """What every node but the root is: {(layers, pooling): (N, H) states}, targets, group, depth, leaf."""
+    import numpy as np
+    import torch
+
+    from utils import value_training as vt
+    from utils.models import load_reference
+
+    model, _ = load_reference(config, dataset, device)
+    backbone = getattr(model, model.base_model_prefix)
+    found = {(n, pooling): [] for n in layers for pooling in ("last", "mean")}
+    more = {"group": [], "depth": [], "leaf": []} | {("target", o): [] for o in dataset.objectives}
+    bar = cli.progress(total=len(trees), desc="states", unit="tree")
+    for number, tree in enumerate(trees):
+        nodes = np.array([n for n in vt.preorder(tree.parent) if n], np.int64)
+        batch = vt.collate([vt.lay_out(vt.Example(tree, nodes, tree.values[dataset.objectives[0]]), nodes)], device)
+        inputs = dict(batch.inputs)
+        if inputs["attention_mask"].dim() == 4:
+            mask = inputs["attention_mask"].to(model.dtype)
+            inputs["attention_mask"] = mask.clamp_(min=torch.finfo(model.dtype).min)
+        with torch.inference_mode():
+            hidden = backbone(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+            for n in layers:  # the last is normed already
+                state = (hidden[n] if n == len(hidden) - 1 else backbone.norm(hidden[n]))[0].float()
+                found[n, "last"].append(state[batch.places].half().cpu())
+                found[n, "mean"].append((vt.response_mean(batch, torch.float32) @ state).half().cpu())
+        more["group"].append(np.full(len(nodes), number))
+        more["depth"].append(tree.depth[nodes])
+        more["leaf"].append(np.isin(nodes, tree.leaves))
+        for o in dataset.objectives:
+            more["target", o].append(tree.values[o][nodes])
+        bar.update(1)
+    bar.close()
+    return {k: torch.cat(v) for k, v in found.items()} | {k: np.concatenate(v) for k, v in more.items()}
+
+
+def curve(states, x, objective: str, validation, numbers: list[int], **what) -> list[dict]:
+    """Rows of one regression at several numbers of training trees; the penalty by cross-validation over trees."""
+    import numpy as np
+
+    from utils.value_training import BETWEEN, RIDGES
+
+    x, group = x.double().numpy(), states["group"]
+    target = states["target", objective]
+    _, place, count = np.unique(group, return_inverse=True, return_counts=True)
+
+    def mean(a):
+        sums = np.zeros((len(count), *a.shape[1:]))
+        np.add.at(sums, place, a)
+        return (sums / count.reshape(-1, *[1] * (a.ndim - 1)))[place]
+
+    xm, ym = mean(x), mean(target)
+    xw, yw = x - xm, target - ym
+    rows = []
+    for number in numbers:
+        chosen = ~validation & (group < number)
+        if number > group[~validation].max() + 1:
+            continue
+        grams, crosses = [], []
+        for fold in range(5):
+            part = chosen & (group % 5 == fold)
+            within = xw[part].T @ xw[part], yw[part] @ xw[part]
+            grams.append((within[0] + BETWEEN * xm[part].T @ xm[part], within[0]))
+            crosses.append((within[1] + BETWEEN * ym[part] @ xm[part], within[1]))
+        total, cross = sum(g for g, _ in grams), sum(c for c, _ in crosses)
+        unit, eye = np.trace(total) / len(total), np.eye(len(total))
+        errors = []
+        for ridge in RIDGES:
+            error = 0.0
+            for (g, gw), (c, cw) in zip(grams, crosses, strict=True):
+                w = np.linalg.solve(total - g + ridge * unit * eye, cross - c)
+                error += w @ gw @ w - 2 * w @ cw
+            errors.append(error)
+        ridge = RIDGES[int(np.argmin(errors))]
+        predicted = x @ np.linalg.solve(total + ridge * unit * eye, cross)
+        inner = validation & ~states["leaf"]
+        rows.append(
+            {"objective": objective, **what, "trees": number, "ridge": ridge}
+            | quality(target, predicted, group, inner, states["depth"])
+        )
+    return rows
+
+
+def quality(target, predicted, group, inner, depth) -> dict[str, float]:
+    """Correlation and explained variance within a prompt on inner nodes, and the correlation at depth 1."""
+    from utils.value_training import correlation, explained_variance
+
+    first = inner & (depth == 1)
+    return {
+        "correlation": round(correlation(target[inner], predicted[inner], group[inner]), 4),
+        "explained": round(explained_variance(target[inner], predicted[inner], group[inner]), 4),
+        "correlation_depth_1": round(correlation(target[first], predicted[first], group[first]), 4),
+    }
+
+
+def table_rows(trees, objective: str, numbers: list[int]) -> list[dict]:
+    """The token table's rows: a node is worth the mean of its tokens' values."""
+    import numpy as np
+
+    from utils.token_table import fit_token_table
+
+    vocabulary = 1 + max(int(t.max()) for split in trees.values() for tree in split for t in tree.tokens if len(t))
+    nodes = [(tree, n) for tree in trees["val"] for n in range(1, len(tree))]
+    target = np.array([tree.values[objective][n] for tree, n in nodes])
+    group = np.array([tree.prompt_index for tree, _ in nodes])
+    depth = np.concatenate([tree.depth[1:] for tree in trees["val"]])
+    leaves = [set(tree.leaves.tolist()) for tree in trees["val"]]
+    inner = np.concatenate(
+        [[n not in own for n in range(1, len(t))] for t, own in zip(trees["val"], leaves, strict=True)]
+    )
+    rows = []
+    for number in numbers:
+        if number > len(trees["train"]):
+            continue
+        table, _ = fit_token_table(trees["train"][:number], objective, vocabulary)
+        predicted = np.array([table[tree.response_tokens(n)].mean() for tree, n in nodes])
+        row = {"objective": objective, "layers": 0, "pooling": "token table", "trees": number, "ridge": None}
+        rows.append(row | quality(target, predicted, group, inner, depth))
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    print(f"{'objective':<14} {'layers':>6} {'pooling':<12} {'trees':>5} {'corr.':>7} {'explained':>9} {'depth 1':>8}")
+    for r in rows:
+        print(
+            f"{r['objective']:<14} {r['layers'] or '':>6} {r['pooling']:<12} {r['trees']:>5} "
+            f"{r['correlation']:>7.3f} {r['explained']:>9.3f} {r['correlation_depth_1']:>8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
