@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
-from utils.config import Config, DatasetSpec, LoraSpec, SFTSpec
+from utils.config import Config, DatasetSpec, SFTSpec
+from utils.places import last_checkpoint
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
 
@@ -175,21 +176,6 @@ def pin_gpu(device: str | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible and index.isdigit() else index
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (its state file comes last)."""
-
-    def complete(checkpoint: Path) -> bool:
-        try:
-            return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            return False
-
-    steps = {
-        int(c.name.rpartition("-")[2]): c for c in folder.glob("checkpoint-*") if c.name.rpartition("-")[2].isdigit()
-    }
-    return next((steps[n] for n in sorted(steps, reverse=True) if complete(steps[n])), None)
-
-
 def differences(file: Path, settings: dict) -> str:
     """How the settings that `file` records differ from these, in words; "" if they do not.
 
@@ -252,18 +238,6 @@ def flat(dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: lis
     return json.loads(json.dumps(settings))
 
 
-def lora_config(lora: LoraSpec):
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-    )
-
-
 def trainer_arguments(args: Namespace, spec: SFTSpec, checkpoints: Path, device):
     """TRL's arguments for these hyperparameters."""
     from trl import SFTConfig
@@ -314,6 +288,8 @@ def train(model, tokenizer, examples: list[dict], spec: SFTSpec, arguments, resu
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
     from trl import SFTTrainer
+
+    from utils.models import lora_config
 
     if not sys.stderr.isatty():
         disable_progress_bars()
