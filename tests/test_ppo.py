@@ -222,6 +222,13 @@ def log_of(folder):
         return list(csv.DictReader(file))
 
 
+def test_gradient_checkpointing_changes_memory_alone(rival_world, tmp_path):
+    for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
+        run_script(rival_world, "--alpha", 1, "--max_steps", 2, flag, "--output_dir", tmp_path / flag)
+    one, two = (load_file(f / "adapter_model.safetensors") for f in sorted(tmp_path.iterdir()))
+    assert all(torch.allclose(one[k], two[k], atol=1e-6) for k in one)
+
+
 def bandit(coef, folder, *, arms=16, steps=60):
     """(policy's distribution, reference's, optimum, rewards, log) after PPO on one prompt and one token."""
     from peft import LoraConfig, get_peft_model

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
-from utils.cli import UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.cli import UsageError, add_common, config_from, found, objectives_of, pick_one_gpu, report_dry_run, run
 from utils.config import Config, DatasetSpec, PPOSpec, number_problem
 from utils.places import reference_path, reward_rows
 
@@ -174,8 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     from utils import value_training as vt
     from utils.models import pick_device
 
+    pick = pick_device if args.algorithm == "ppo" else pick_one_gpu
+    alone = None if "LOCAL_RANK" in os.environ else pick(args.device)  # before anything else looks for devices
     accelerator = Accelerator(cpu=args.device == "cpu")
-    device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
+    device = alone or accelerator.device
     settings = {
         "algorithm": args.algorithm, "dataset": dataset.name, "weights": weights, "base_model": base,
         "base_content": runs.fingerprint(base), "prompts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],

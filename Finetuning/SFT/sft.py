@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
+from utils.cli import DataError, UsageError, add_common, config_from, found, pick_one_gpu, report_dry_run, run
 from utils.config import Config, DatasetSpec, SFTSpec
 from utils.places import last_checkpoint
 
@@ -160,20 +160,6 @@ def build_examples(
         mask = [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids))
         examples.append({"input_ids": ids, "completion_mask": mask})
     return examples, counts
-
-
-def pin_gpu(device: str | None) -> None:
-    """Show this process the one GPU that --device names (else the first), unless a launcher shares them out.
-
-    The trainer would otherwise spread a batch over every GPU that it sees. To be called before CUDA starts.
-    """
-    if "LOCAL_RANK" in os.environ or (device and not device.startswith("cuda")):
-        return
-    index = (device or "cuda").partition(":")[2] or "0"
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-    if visible and index.isdigit() and int(index) >= len(visible):
-        raise UsageError(f"--device {device}: this process sees {len(visible)} CUDA devices")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible and index.isdigit() else index
 
 
 def differences(file: Path, settings: dict) -> str:
@@ -337,18 +323,6 @@ def write_adapter(folder: Path, trainer, tokenizer, settings: dict, record: dict
         shutil.rmtree(part, ignore_errors=True)
 
 
-def pick_device(name: str | None):
-    """The device of this process, with GPUs that --device does not name out of its sight."""
-    pin_gpu(name)
-    from utils import models
-
-    on_gpu = name is not None and name.startswith("cuda")
-    device = models.pick_device(None if on_gpu else name)
-    if on_gpu and device.type != "cuda":
-        raise UsageError(f"--device {name}: there is no such CUDA device here")
-    return device
-
-
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
@@ -379,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     start = time.monotonic()
-    device = pick_device(args.device)
+    device = pick_one_gpu(args.device)
     import torch
 
     from utils import models, runs
