@@ -3,11 +3,15 @@
     python baseline_eval.py --dataset anthropic                                              # the reference itself
     python baseline_eval.py --dataset anthropic --num_samples 16 --obj_weights 0.5,0.5       # best of 16 samples
     python baseline_eval.py --dataset anthropic --token_table --beta 4 --obj_weights 0.5,0.5      # the control
+    python baseline_eval.py --dataset anthropic --morlhf --obj_weights 0.4,0.6               # trained on these weights
+    python baseline_eval.py --dataset anthropic --ppo --obj_weights 0.4,0.6                  # Rewarded Soups
 
-The reference takes no weights. Best of N ranks the samples of each answer by their weighted reward. A token table is
-the context-free control: a value for each token whatever came before it, with the same tilt (fit_token_table.py makes
-one). Several weights and betas are several points, for which the models are loaded once. Run folders lie in
-<workspace>/baseline_logs, those of best-of-N in <workspace>/baseline_bon_logs.
+The reference takes no weights. Best of N ranks the samples of each answer by their weighted reward; it goes with every
+baseline. A token table is the context-free control: a value for each token whatever came before it, with the same tilt
+(fit_token_table.py makes one). Trained policies are adapters on the reference; a weight of 1 takes the objective's
+single policy. Several weights and betas are several points, for which the models are loaded once. Run folders lie in
+<workspace>/baseline_logs, those of best-of-N in <workspace>/baseline_bon_logs. baseline_eval_KL.py is the same with the
+KL always taken by one pass of the reference; mod_eval.py mixes logits.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils import rivals
 from utils.cli import UsageError, run
 from utils.evaluation import Method, Models, evaluate_method
 from utils.settings import Settings, add_evaluation_arguments, add_tilt_arguments, resolve
@@ -24,6 +29,13 @@ from utils.settings import Settings, add_evaluation_arguments, add_tilt_argument
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add_baseline_arguments(parser)
+    add_evaluation_arguments(parser)
+    return parser
+
+
+def add_baseline_arguments(parser: ArgumentParser) -> None:
+    """Which baseline, and best of how many."""
     group = parser.add_argument_group("baseline (none of these: the reference)")
     group.add_argument("--num_samples", type=int, default=1, help="best of N: samples per answer (default: 1)")
     group.add_argument(
@@ -39,9 +51,18 @@ def build_parser() -> ArgumentParser:
         const=True,
         help="steer towards the prompt's own words, each worth its idf: no learning, no weights",
     )
+    for flag, what, root in (
+        ("ppo", "Rewarded Soups: the averaged single policies", "reward_soup/<data set>"),
+        ("morlhf", "MORLHF: the policy that was trained on the weights", "morlhf/<data set>"),
+        ("mod", "MOD: the weighted sum of the single policies' logits", "morlhf/<data set>/single"),
+        ("arm", "GenARM: autoregressive reward models guide the reference", "arm/<data set>"),
+    ):
+        where = f"{what}, below DIR (default: the workspace's {root})"
+        group.add_argument(f"--{flag}", nargs="?", const="", metavar="DIR", help=where)
+    group.add_argument(
+        "--arm_beta", type=float, help="of --arm: its KL penalty, above 0; small values follow the reward models"
+    )
     add_tilt_arguments(parser, "the tilt of a table")
-    add_evaluation_arguments(parser)
-    return parser
 
 
 # ------------------------------------------------------------------------------------------------------------ policies
@@ -56,6 +77,8 @@ class Baseline:
     checkpoints: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
     tilted: bool = False  # by table values: a beta is needed
     weighted: bool = False  # weights are needed
+    method: str = ""  # its name in run folders; empty: the flag's
+    own_model: bool = False  # see `Method`
 
 
 def _reference(args: Namespace):
@@ -114,11 +137,52 @@ def _prompt_words_series(settings: Settings, args: Namespace) -> dict:
     return settings.tilt_series
 
 
+def _trained(flag: str, method: str, find: Callable, weights: Callable[[Settings], list[float]]) -> Baseline:
+    """Policies that were trained: `find` gives their checkpoints, `weights` how their logits are added up."""
+
+    def checkpoints(settings: Settings, args: Namespace) -> dict:
+        return find(settings, getattr(args, flag))
+
+    def make(args: Namespace):
+        def build(settings: Settings, models: Models):
+            return rivals.mixture(settings, models.reference, checkpoints(settings, args), weights(settings))
+
+        return build
+
+    def series(settings: Settings, args: Namespace) -> dict:
+        return {"policies": getattr(args, flag)} if getattr(args, flag) else {}
+
+    return Baseline(make, series, checkpoints, weighted=True, method=method, own_model=True)
+
+
+def _arm_checkpoints(settings: Settings, args: Namespace) -> dict:
+    return rivals.arm_checkpoints(settings, args.arm)
+
+
+def _arm(args: Namespace):
+    def build(settings: Settings, models: Models):
+        return rivals.reward_guided(settings, models.reference, _arm_checkpoints(settings, args), args.arm_beta)
+
+    return build
+
+
+def _arm_series(settings: Settings, args: Namespace) -> dict:
+    return {"arm_beta": args.arm_beta} | ({"policies": args.arm} if args.arm else {})
+
+
+def _one(settings: Settings) -> list[float]:
+    return [1.0]
+
+
 # A new baseline is one entry here and its flag above; the key is the flag's name, the first entry is the default.
 BASELINES = {
     "reference": Baseline(_reference),
     "token_table": Baseline(_token_table, _token_table_series, _token_table_files, tilted=True, weighted=True),
     "prompt_words": Baseline(_prompt_words, _prompt_words_series, tilted=True),
+    "ppo": _trained("ppo", "rewarded_soup", rivals.soup_checkpoints, _one),
+    "morlhf": _trained("morlhf", "morlhf", rivals.morlhf_checkpoints, _one),
+    "mod": _trained("mod", "mod", rivals.mod_checkpoints, lambda settings: list(settings.weights.values())),
+    "arm": Baseline(_arm, _arm_series, _arm_checkpoints, weighted=True, method="genarm", own_model=True),
 }
 
 
@@ -141,6 +205,13 @@ def method_of(settings: Settings, args: Namespace) -> Method:
         tilt = ("beta", "kl_budget", "normalization", "normalize_values", "clip_values")
         for flag in (flag for flag in tilt if getattr(args, flag) is not None):
             raise UsageError(f"--{flag} has no meaning for the {name}; it goes with --token_table or --prompt_words")
+    if name == "arm" and args.arm_beta is None:
+        raise UsageError("--arm needs --arm_beta")
+    if args.arm_beta is not None:
+        if name != "arm":
+            raise UsageError(f"--arm_beta has no meaning for the {name}; it goes with --arm")
+        if not (math.isfinite(args.arm_beta) and args.arm_beta > 0):
+            raise UsageError(f"--arm_beta must be a finite number above 0, got {args.arm_beta}")
     if n < 1:
         raise UsageError(f"--num_samples must be at least 1, got {n}")
     if n > 1 and settings.kl_budget is not None:
@@ -150,13 +221,15 @@ def method_of(settings: Settings, args: Namespace) -> Method:
     if n == 1 and name == "reference" and settings.weights:
         raise UsageError("the reference takes no --obj_weights; give --num_samples or --token_table with them")
     series = baseline.series(settings, args)
+    shown = baseline.method or name
     return Method(
-        name=name if n == 1 else "best_of_n" if name == "reference" else f"{name}_best_of_n",
+        name=shown if n == 1 else "best_of_n" if name == "reference" else f"{shown}_best_of_n",
         kind="baseline_logs" if n == 1 else "baseline_bon_logs",
         build=baseline.build(args),
         series=series if n == 1 else {"num_samples": n} | series,
         checkpoints=baseline.checkpoints(settings, args),
         num_samples=n,
+        own_model=baseline.own_model,
         shares_candidates=name == "reference" and n > 1,
         kl_added=math.log(n) - (n - 1) / n,  # the most that choosing one of N adds to the KL
     )

@@ -16,6 +16,38 @@ def tiny_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def rival_world(tiny_world, tmp_path_factory):
+    """The tiny world with prompts, small training runs, and rewards that need no model: its configuration, workspace
+    and the arguments of every script."""
+    import json
+    import shutil
+    from types import SimpleNamespace
+
+    import yaml
+
+    import dataset_preprocess
+    from utils.config import REPOSITORY, load_config
+
+    folder = tmp_path_factory.mktemp("rivals")
+    shutil.copytree(tiny_world, folder / "ws")
+    data = json.loads(json.dumps(yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())))
+    data["workspace"] = str(folder / "ws")
+    del data["objectives"]["humor"]  # its reward model takes a minute to train
+    for spec in data["datasets"].values():
+        spec["sft_model"] = "base_model"
+        spec["objectives"] = [o for o in spec["objectives"] if o != "humor"]
+        spec["ppo"] |= {"batch_size": 8, "mini_batch_size": 4, "micro_batch_size": 4, "num_prompts": 16}
+        spec["ppo"]["lora"]["r"] = spec["arm"]["lora"]["r"] = 4
+        spec["arm"] |= {"batch_size": 8, "num_prompts": 12, "num_epochs": 1}
+    file = folder / "world.yaml"
+    file.write_text(yaml.safe_dump(data))
+    common = ["--config", str(file), "--device", "cpu"]
+    for split in ("train", "test"):
+        assert dataset_preprocess.main(["anthropic", "--split", split, *common]) == 0
+    return SimpleNamespace(config=load_config(file), ws=folder / "ws", common=common, folder=folder)
+
+
+@pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """The folder of a toy world: toy.yaml and its workspace."""
     folder = tmp_path_factory.mktemp("toy")

@@ -14,7 +14,14 @@ from utils.config import REPOSITORY, ConfigError
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
-    for pattern in ("*.py", "Finetuning/*/*.py", "scripts/**/*.py", "benchmarks/*.py", "docs/examples/*.py")
+    for pattern in (
+        "*.py",
+        "Finetuning/*.py",
+        "Finetuning/*/*.py",
+        "scripts/**/*.py",
+        "benchmarks/*.py",
+        "docs/examples/*.py",
+    )
     for path in REPOSITORY.glob(pattern)
     if path.name != "__init__.py"
 )
@@ -151,6 +158,13 @@ def test_the_published_commands_parse():
             --beta 4 --track_KL --num_prompts 100 --num_trials 3 --topk 15 --temperature 1 --seed 0 --batch_size 8
             --device cpu --normalize_values --prompt hello --prompt -
         baseline_eval.py --dataset summary --num_samples 16 --obj_weights 0.5,0.5
+        baseline_eval.py --dataset anthropic --ppo --obj_weights 0.4,0.6
+        baseline_eval.py --dataset anthropic --morlhf --obj_weights 0.4,0.6 --num_samples=4
+        baseline_eval_KL.py --dataset summary --morlhf --obj_weights 0.4,0.6 --num_samples=4
+        mod_eval.py --dataset anthropic --obj_weights 0.4,0.6 --num_prompts 100
+        Finetuning/PPO/ppo.py --base_model sft_model/anthropic --exp_type assistant --alpha 0.4
+        Finetuning/PPO/ppo.py --exp_type summary --reward_models summarization --algorithm grpo
+        Finetuning/reward_soup_merge.py --adapters a b --weights 0.4 0.6 --output_dir c
         pareto_report.py mavis_logs baseline_logs
     """.replace("\n            ", " ")
         .strip()

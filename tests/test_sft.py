@@ -13,7 +13,7 @@ import yaml
 
 from tests.paper_base_for_tests import build_base, build_tokenizer, paper_config
 from utils import data, models
-from utils.cli import DataError, run
+from utils.cli import DataError, pin_gpu, run
 from utils.config import REPOSITORY, LoraSpec, SFTSpec
 from utils.text_formats import FORMATS
 
@@ -304,11 +304,11 @@ def test_one_gpu_is_left_in_sight_unless_a_launcher_shares_them(monkeypatch):
         ("4,6", "cpu", "4,6"),
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-        sft.pin_gpu(device)
+        pin_gpu(device)
         assert sft.os.environ["CUDA_VISIBLE_DEVICES"] == after
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    sft.pin_gpu(None)
+    pin_gpu(None)
     assert sft.os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 

@@ -155,6 +155,32 @@ def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[
     return iterations
 
 
+def pin_gpu(device: str | None) -> None:
+    """Show this process the one GPU that --device names (else the first), unless a launcher shares them out.
+
+    The trainer would otherwise spread a batch over every GPU that it sees. To be called before CUDA starts.
+    """
+    if "LOCAL_RANK" in os.environ or (device and not device.startswith("cuda")):
+        return
+    index = (device or "cuda").partition(":")[2] or "0"
+    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+    if visible and index.isdigit() and int(index) >= len(visible):
+        raise UsageError(f"--device {device}: this process sees {len(visible)} CUDA devices")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible and index.isdigit() else index
+
+
+def pick_one_gpu(name: str | None):
+    """The device of this process, for a library's trainer: GPUs that --device does not name are out of its sight."""
+    pin_gpu(name)
+    from utils import models
+
+    on_gpu = name is not None and name.startswith("cuda")
+    device = models.pick_device(None if on_gpu else name)
+    if on_gpu and device.type != "cuda":
+        raise UsageError(f"--device {name}: there is no such CUDA device here")
+    return device
+
+
 def report_dry_run(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print what a stage would load or make: (what, path or name, where it is found or what makes it)."""
     print("\n".join(aligned([("what", "path", "found"), *rows])))

@@ -122,6 +122,50 @@ class SFTSpec:
 
 
 @dataclass(frozen=True)
+class PPOSpec:
+    """Reinforcement learning's hyperparameters (Finetuning/PPO/ppo.py); the defaults are the published ones where the
+    paper names them (adapter, lr, batch, epochs, KL target and coefficient, gradient norm, top-k)."""
+
+    lora: LoraSpec = LoraSpec(64, 128, 0.05)
+    lr: float = 1e-5
+    batch_size: int = 64  # answers per step, over all processes
+    num_epochs: int = 2  # passes over the prompts
+    num_prompts: int | None = None  # prompts of the training split; None takes all
+    max_steps: int | None = None  # at most this many steps
+    ppo_epochs: int = 4  # passes over each step's answers
+    mini_batch_size: int = 16  # answers per optimizer step
+    micro_batch_size: int = 8  # answers per forward pass: memory alone, it changes no result
+    kl_coef: float = 0.1  # initial, then adaptive
+    kl_target: float | None = 3.0  # nats per answer; None keeps the coefficient
+    kl_horizon: float = 10_000.0  # answers
+    clip_ratio: float = 0.2
+    clip_value: float = 0.2
+    value_coef: float = 0.1
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    max_grad_norm: float = 0.5
+    top_k: int | None = None  # None: decoding.top_k
+    num_generations: int = 4  # answers per prompt, of the algorithms that compare answers (rloo, grpo)
+    seed: int = 8888
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """Hyperparameters of autoregressive reward models (Finetuning/ARM/train_arm.py)."""
+
+    lora: LoraSpec = LoraSpec(8, 16, 0.05)
+    lr: float = 5e-4
+    batch_size: int = 32  # pairs per step
+    num_epochs: int = 1
+    reward_beta: float = 0.05  # multiplies the log-probabilities in the Bradley-Terry loss
+    num_prompts: int = 5000  # prompts whose sampled answers are compared
+    answers_per_prompt: int = 4
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    seed: int = 8888
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """One data set: its prompts, how they are shown to the reference, and the defaults of its stages."""
 
@@ -141,6 +185,8 @@ class DatasetSpec:
     sft: SFTSpec = SFTSpec()
     trees: TreeSpec = TreeSpec()
     training: TrainingSpec = TrainingSpec()
+    ppo: PPOSpec = PPOSpec()
+    arm: ArmSpec = ArmSpec()
 
 
 @dataclass(frozen=True)
@@ -366,13 +412,19 @@ LEAST = {
     for name in (
         "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "num_epochs", "batch_size",
         "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
-        "num_val_prompts", "max_rows", "top_k", "num_trials",
+        "num_val_prompts", "max_rows", "top_k", "num_trials", "ppo_epochs", "mini_batch_size", "micro_batch_size",
     )
 } | {
-    name: 0 for name in ("dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed")
-}  # fmt: skip
+    name: 0
+    for name in (
+        "dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "kl_coef", "value_coef",
+        "gamma", "gae_lambda",
+    )
+} | {name: 2 for name in ("num_generations", "answers_per_prompt")}  # fmt: skip
 MAY_BE_ZERO = r"datasets\.\w+\.training\.num_epochs"  # a value model may keep the head that it starts with
-ABOVE_ZERO = ("lr", "temperature")
+ABOVE_ZERO = (
+    "lr", "temperature", "kl_target", "kl_horizon", "clip_ratio", "clip_value", "max_grad_norm", "reward_beta",
+)  # fmt: skip
 TEMPLATE_FIELDS = {
     "reference_template": ("prompt", "user"),
     "text": ("prompt", "user", "shown", "response", "bos", "eos"),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ from transformers import (
 )
 
 from utils.cli import DataError, quiet_libraries
-from utils.config import Config, DatasetSpec, ModelSpec
+from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
+from utils.policies import AdapterOf
+from utils.runs import fingerprint
 
 quiet_libraries()
 
@@ -353,15 +356,22 @@ def _only_head_is_trained(folder: str | Path) -> bool:
         return not any(file.get_tensor(key).any() for key in file.keys() if "lora_B" in key)  # noqa: SIM118
 
 
-def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """A PEFT adapter on its base; what does not fit it to the last tensor ends in one line."""
+def _load_adapter(
+    base: PreTrainedModel | PeftModel, folder: str | Path, is_trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """A PEFT adapter on its base, or one more on a base that has some; what does not fit it to the last tensor ends in
+    one line."""
     try:
         with warnings.catch_warnings():  # PEFT only warns where tensors are missing; the comparison below refuses
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+            if isinstance(base, PeftModel):
+                model = base
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
+            else:
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=is_trainable)
         with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
             stored = {key for key in file.keys() if "lora_" in key or "score" in key}  # noqa: SIM118
-        needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        needed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the adapter in {folder} does not fit its base ({type(error).__name__}: {reason})") from error
@@ -373,6 +383,64 @@ def _load_adapter(base: PreTrainedModel, folder: str | Path, is_trainable: bool 
             "another number of layers"
         )
     return model
+
+
+# ------------------------------------------------------------------------------------------------- policies of adapters
+
+
+def load_policies(base: PreTrainedModel, folders: Mapping[str, str | Path]) -> dict[str, AdapterOf]:
+    """Policies that are LoRA adapters on one base, none merged: {name: folder} to {name: model}.
+
+    The adapters are off but during a policy's own call, so `base` itself goes on being the reference, and may be given
+    more policies later; an adapter that it has is not loaded again. Not merging keeps the small differences of a
+    low-rank update, which bfloat16 weights would round away.
+    """
+    model, loaded = base.__dict__.get("_policies", (base, {}))
+    names = {}
+    for name, folder in folders.items():
+        key = (str(folder), fingerprint(folder))
+        if key not in loaded:  # numbered names, since PEFT looks for an adapter's name within a tensor's name
+            model = _load_adapter(model, folder, name=f"adapter{len(loaded)}")
+            loaded[key] = f"adapter{len(loaded)}"
+        names[name] = loaded[key]
+    base.__dict__["_policies"] = (model, loaded)  # not as a submodule, which would make the base its own descendant
+    if next(base.parameters()).dtype == torch.float64:
+        model.double()
+    model.eval()
+    return {name: AdapterOf(model, adapter) for name, adapter in names.items()}
+
+
+def new_policy(
+    config: Config,
+    dataset: DatasetSpec,
+    lora: LoraSpec,
+    device: torch.device,
+    *,
+    path: str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The reference of a data set (or the model at `path`) with a fresh LoRA adapter to train, and its tokenizer."""
+    model, tokenizer = load_reference(config, dataset, device, path, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            policy = get_peft_model(model, lora_config(lora))
+        except ValueError as error:
+            modules = list(lora.target_modules)
+            raise DataError(f"lora.target_modules {modules} do not fit {model.name_or_path}: {error}") from error
+    return policy, tokenizer
+
+
+def lora_config(lora: LoraSpec, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """PEFT's configuration of an adapter."""
+    return LoraConfig(
+        task_type=task_type,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ reward models

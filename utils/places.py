@@ -53,3 +53,18 @@ def reward_rows(config: Config, objectives: Sequence[str]) -> list[tuple[str, st
         where = "Python" if spec.kind == "callable" else found(path, training_command(config, spec))
         rows.append((f"reward of {spec.name} ({spec.kind})", path, where))
     return rows
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """A trainer's newest checkpoint that was written to its end (its state file comes last)."""
+
+    def complete(checkpoint: Path) -> bool:
+        try:
+            return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            return False
+
+    steps = {
+        int(c.name.rpartition("-")[2]): c for c in folder.glob("checkpoint-*") if c.name.rpartition("-")[2].isdigit()
+    }
+    return next((steps[n] for n in sorted(steps, reverse=True) if complete(steps[n])), None)

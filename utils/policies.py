@@ -231,6 +231,41 @@ class CachedModel:
                 config._attn_implementation = attention
 
 
+class AdapterOf(nn.Module):
+    """One of the LoRA adapters on a shared base, as a language model of its own.
+
+    The base's layers are switched to the adapter for the length of a call and off again, so that any number of policies
+    cost one base's memory, and the base itself stays the reference. It is for decoding: gradients are none of its
+    business.
+    """
+
+    def __init__(self, peft_model: nn.Module, adapter: str):
+        super().__init__()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if adapter not in peft_model.peft_config:
+            raise ValueError(f"no adapter {adapter!r}; the model has {', '.join(peft_model.peft_config)}")
+        self.base, self.adapter = peft_model.get_base_model(), adapter
+        self.config = self.base.config
+        self.layers = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
+        self.switch(on=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def switch(self, on: bool) -> None:
+        for layer in self.layers:  # PEFT's own switch would also walk every adapter's parameters, in each step
+            layer._disable_adapters = not on
+            layer._active_adapter = [self.adapter]
+
+    def forward(self, *args, **inputs):
+        self.switch(on=True)
+        try:
+            return self.base(*args, **inputs)
+        finally:
+            self.switch(on=False)
+
+
 # ----------------------------------------------------------------------------------------------------------- policies
 
 
@@ -414,7 +449,7 @@ class _Policy:
         total = (
             logits[0]
             if self.mixture == [1.0]
-            else sum(w * x.float() for w, x in zip(self.mixture, logits, strict=True))
+            else sum(w * tilting.widened(x) for w, x in zip(self.mixture, logits, strict=True))
         )
         return tilting.top_k_probs(total, self.top_k, self.temperature, forbidden)
 
@@ -474,13 +509,53 @@ class ReferencePolicy(_Policy):
 
 
 class MixturePolicy(_Policy):
-    """Multi-objective decoding (MOD): the weighted sum of several policies' logits. `models` and `weights` as below."""
+    """Multi-objective decoding (MOD, Shi et al. 2024): the weighted sum of several policies' logits.
+
+    Temperature, top-k cut and softmax come after the sum. Each policy has a cache of its own.
+
+    Args:
+        models: {objective: causal language model}, or a sequence of them; `AdapterOf` views share one base.
+        weights: {objective: weight} of the same objectives, or a sequence in the same order; a weight of 0 drops its
+            model.
+
+    Raises:
+        ValueError: models of different vocabularies.
+    """
 
     follows_reference = False
 
     def __init__(self, models, weights, *, top_k: int = 15, temperature: float = 1.0):
         models, weights = _aligned(models, weights, "model")
+        sizes = [m.get_input_embeddings().num_embeddings for m in models]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"a mixture's models must share one vocabulary; theirs have {sizes} tokens")
         super().__init__(models, weights, top_k=top_k, temperature=temperature)
+
+
+class RewardGuidedPolicy(MixturePolicy):
+    """The reference guided by autoregressive reward models (GenARM, Xu et al. 2024, eq. 7 and 12).
+
+    log p(a | s) = log p_ref(a | s) + sum_m w_m / arm_beta * log p_m(a | s) + constant, where p_m is a language model
+    whose log-probabilities add up to reward m. A constant per step leaves the softmax as it is, so this is a mixture of
+    logits in which the reference has weight 1.
+
+    Args:
+        reference: a causal language model; reward_models, weights: as in `MixturePolicy`.
+        arm_beta: strength of the KL penalty, above 0: small values follow the reward models.
+    """
+
+    def __init__(
+        self, reference, reward_models, weights, *, arm_beta: float, top_k: int = 15, temperature: float = 1.0
+    ):
+        if not (math.isfinite(arm_beta) and arm_beta > 0):
+            raise ValueError(f"arm_beta must be a finite number above 0, got {arm_beta}")
+        models, weights = _aligned(reward_models, weights, "reward model")
+        super().__init__(
+            [reference, *models],
+            [1.0, *(w / arm_beta for w in weights)],
+            top_k=top_k,
+            temperature=temperature,
+        )
 
 
 class _TiltedPolicy(_Policy):

@@ -494,7 +494,8 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
     if "log_ratio" in figures:
         f = figures["log_ratio"]
         sign = "<= " if kl_added else ""
-        lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}")
+        parts = f" ({number(f.mean)} estimated + at most {number(kl_added)} by choosing one of N)" if kl_added else ""
+        lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}{parts}")
     if search := arguments.get("kl_search"):
         which = "one" if search["met"] else "the nearest one"
         lines.append(

@@ -19,6 +19,11 @@ EPS = 1e-6  # of the published min-max normalisation
 CLIP = 6.0  # v1 without normalisation: beta * value is at most this
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def top_k_probs(
     logits: Tensor, k: int, temperature: float = 1.0, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +44,7 @@ def top_k_probs(
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
     if k < 1:
         raise ValueError(f"top_k must be at least 1, got {k}")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widened(logits)
     wide = wide / temperature if temperature != 1.0 else wide
     allowed = wide
     if forbidden is not None:

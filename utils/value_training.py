@@ -570,7 +570,13 @@ METRICS, ARGUMENTS, STATE = "metrics.json", "args.yaml", "state.json"
 
 
 def open_output(
-    output: Path, settings: dict, record: dict, *, rerun: bool = False, main_process: bool = True
+    output: Path,
+    settings: dict,
+    record: dict,
+    *,
+    rerun: bool = False,
+    main_process: bool = True,
+    what: str = "value model",
 ) -> Path | None:
     """The folder to train in, `<output>.partial` with its args.yaml, or None where `output` is complete.
 
@@ -580,6 +586,7 @@ def open_output(
         settings: plain data that determines the result; another result's folder is refused.
         record: more for args.yaml (versions, configuration).
         rerun: train again; what is there is replaced once the new one is complete.
+        what: is made there, for messages.
 
     Raises:
         DataError: `output` or its partial folder was made with other settings, or holds something else.
@@ -588,9 +595,7 @@ def open_output(
     partial = output.with_name(output.name + ".partial")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not (output / METRICS).is_file() or not (output / ARGUMENTS).is_file():
-            raise DataError(
-                f"--output_dir {output} exists and holds no value model of this script; give another folder"
-            )
+            raise DataError(f"--output_dir {output} exists and holds no {what} of this script; give another folder")
         if not rerun:
             _same_settings(output, settings)
             return None
@@ -769,7 +774,7 @@ def make_optimizer(model, spec: TrainingSpec):
     return Adafactor(parameters, lr=spec.lr, weight_decay=spec.weight_decay, scale_parameter=False, relative_step=False)
 
 
-def _seed_of(*key: int) -> int:
+def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -957,14 +962,14 @@ def train(
         devices=[device] if device.type == "cuda" else []
     ):  # dropout draws from the global stream
         for step in range(state["step"], total):
-            torch.manual_seed(_seed_of(spec.seed, step, rank))  # ... which each step keys anew
+            torch.manual_seed(seed_of(spec.seed, step, rank))  # ... which each step keys anew
             picked = [units[i] for i in plan[step]]
             nodes = sum(len(n) for _, n in picked)
             optimizer.zero_grad(set_to_none=True)
             running += add_gradients(model, training, share(picked, rank, world), nodes, dense=spec.targets == "dense",
                                      scale=scale, bf16=spec.bf16, device=device, max_tokens=max_tokens)  # fmt: skip
             if world > 1:
-                _add_up(accelerator, parameters)
+                add_up(accelerator, parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = spec.lr * linear_schedule(step, total, warmup)
@@ -1047,7 +1052,7 @@ def _milestones(training, validation, spec: TrainingSpec, epoch_tokens: int, tot
     return evaluated, evaluated | {round(total * (i + 1) / rows) for i in range(rows)}
 
 
-def _add_up(accelerator, parameters: Sequence[torch.Tensor]) -> None:
+def add_up(accelerator, parameters: Sequence[torch.Tensor]) -> None:
     """Sum the processes' gradients; a process without nodes in this step has none and adds zeros."""
     for parameter in parameters:
         if parameter.grad is None:

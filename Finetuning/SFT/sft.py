@@ -25,8 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
-from utils.config import Config, DatasetSpec, LoraSpec, SFTSpec
+from utils.cli import DataError, UsageError, add_common, config_from, found, pick_one_gpu, report_dry_run, run
+from utils.config import Config, DatasetSpec, SFTSpec
+from utils.places import last_checkpoint
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
 
@@ -161,35 +162,6 @@ def build_examples(
     return examples, counts
 
 
-def pin_gpu(device: str | None) -> None:
-    """Show this process the one GPU that --device names (else the first), unless a launcher shares them out.
-
-    The trainer would otherwise spread a batch over every GPU that it sees. To be called before CUDA starts.
-    """
-    if "LOCAL_RANK" in os.environ or (device and not device.startswith("cuda")):
-        return
-    index = (device or "cuda").partition(":")[2] or "0"
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-    if visible and index.isdigit() and int(index) >= len(visible):
-        raise UsageError(f"--device {device}: this process sees {len(visible)} CUDA devices")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible and index.isdigit() else index
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (its state file comes last)."""
-
-    def complete(checkpoint: Path) -> bool:
-        try:
-            return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            return False
-
-    steps = {
-        int(c.name.rpartition("-")[2]): c for c in folder.glob("checkpoint-*") if c.name.rpartition("-")[2].isdigit()
-    }
-    return next((steps[n] for n in sorted(steps, reverse=True) if complete(steps[n])), None)
-
-
 def differences(file: Path, settings: dict) -> str:
     """How the settings that `file` records differ from these, in words; "" if they do not.
 
@@ -252,18 +224,6 @@ def flat(dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: lis
     return json.loads(json.dumps(settings))
 
 
-def lora_config(lora: LoraSpec):
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-    )
-
-
 def trainer_arguments(args: Namespace, spec: SFTSpec, checkpoints: Path, device):
     """TRL's arguments for these hyperparameters."""
     from trl import SFTConfig
@@ -315,6 +275,8 @@ def train(model, tokenizer, examples: list[dict], spec: SFTSpec, arguments, resu
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from utils.models import lora_config
+
     if not sys.stderr.isatty():
         disable_progress_bars()
     trainer = SFTTrainer(
@@ -361,18 +323,6 @@ def write_adapter(folder: Path, trainer, tokenizer, settings: dict, record: dict
         shutil.rmtree(part, ignore_errors=True)
 
 
-def pick_device(name: str | None):
-    """The device of this process, with GPUs that --device does not name out of its sight."""
-    pin_gpu(name)
-    from utils import models
-
-    on_gpu = name is not None and name.startswith("cuda")
-    device = models.pick_device(None if on_gpu else name)
-    if on_gpu and device.type != "cuda":
-        raise UsageError(f"--device {name}: there is no such CUDA device here")
-    return device
-
-
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
@@ -403,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     start = time.monotonic()
-    device = pick_device(args.device)
+    device = pick_one_gpu(args.device)
     import torch
 
     from utils import models, runs

@@ -1,0 +1,55 @@
+"""The comparison of all methods, from single policies to the report."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from utils.config import REPOSITORY
+from utils.runs import read_arguments
+
+
+def compare(world, workspace, **environment):
+    arguments = [str(world.folder / "world.yaml"), "--workspace", str(workspace), "--device", "cpu"]
+    return subprocess.run(
+        ["bash", "scripts/compare.sh", *arguments],
+        cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+
+
+def test_a_method_that_does_not_exist_is_refused(rival_world, tmp_path):
+    done = compare(rival_world, tmp_path, METHODS="mod soup")
+    assert done.returncode == 2 and "METHODS has soup; valid: reference table mavis" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_method_lands_in_one_report_and_nothing_is_done_twice(rival_world, tmp_path):
+    """About two minutes: the trainings take a step each, the evaluations two prompts."""
+    workspace = tmp_path / "ws"
+    workspace.mkdir()
+    for name in ("base_model", "datasets", "world"):
+        (workspace / name).symlink_to(rival_world.ws / name)
+    narrow = {
+        "SEEDS": "0 1", "WEIGHTS": "0 0.5 1", "NUM_SAMPLES": "2", "NUM_PROMPTS": "2", "NUM_TRIALS": "1",
+        "PPO_ARGS": "--max_steps 1", "ARM_ARGS": "--num_prompts 8",
+    }  # fmt: skip
+    done = compare(rival_world, workspace, **narrow)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "no value models of help,harm" in done.stdout and "no token tables of help,harm" in done.stdout
+    runs = [read_arguments(f.parent) for f in workspace.glob("*_logs/anthropic/*/*/args.yaml")]
+    methods = {}
+    for run in runs:
+        methods.setdefault(run["method"], []).append((run["arguments"]["seed"], tuple(run["weights"].items())))
+    weighted = [(("harm", 1.0),), (("help", 0.5), ("harm", 0.5)), (("help", 1.0),)]
+    assert sorted(methods) == ["best_of_n", "genarm", "mod", "morlhf", "reference", "rewarded_soup"]
+    for method, found in methods.items():
+        expected = [()] if method == "reference" else weighted
+        assert sorted(found) == sorted((seed, w) for seed in (0, 1) for w in expected), method
+    [section] = json.loads((workspace / "report_compare" / "report.json").read_text())["sections"]
+    assert {r["method"] for r in section["runs"]} == set(methods)
+
+    before = {f: f.stat().st_mtime_ns for f in workspace.rglob("*.safetensors")}
+    again = compare(rival_world, workspace, **narrow, METHODS="soups mod")
+    assert again.returncode == 0 and again.stdout.count("is complete and is not repeated") == 12
+    assert before == {f: f.stat().st_mtime_ns for f in workspace.rglob("*.safetensors")}
