@@ -71,7 +71,7 @@ def train_policy(
     }  # fmt: skip
     if task.algorithm == "ppo":
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             model.train()
         policy = ppo.PolicyWithValue(model, tokenizer.eos_token_id, temperature=config.decoding.temperature)
