@@ -22,8 +22,8 @@ SMALL = {
         ["--num_prompts", "3", "--num_trials", "1"],
     ),
 }
-NUMBERS = {"5000": "20"}
-BUDGET = "16"  # nats: the hardly trained base's cut to 15 tokens costs about 13, where a real one's costs one or two
+WORDS = {"5000": "20", "How do I learn to swim?": "what is marook"}  # the tiny world's rewards need one of its words
+BUDGET = "19"  # nats: the cut to 15 tokens alone costs this base, which was hardly trained, more than 16
 ELSEWHERE = {"scripts/quickstart.sh", "scripts/test.sh", "scripts/smollm/run.sh"}  # long; each has its own test or run
 
 
@@ -55,10 +55,9 @@ def test_the_readmes_commands_run_in_the_tiny_world(tiny_world, tmp_path, monkey
         program, script, *rest = words
         if script in ELSEWHERE:
             continue
-        rest = [
-            BUDGET if before == "--kl_budget" else NUMBERS.get(word, word)
-            for before, word in zip(words[1:], rest, strict=True)
-        ]
+        rest = [WORDS.get(word, word) for word in rest]
+        if "--kl_budget" in rest:
+            rest[rest.index("--kl_budget") + 1] = BUDGET
         if program == "bash":
             environment = os.environ | {"MAVIS_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
             command = ["bash", script, *rest, *world]
@@ -66,11 +65,11 @@ def test_the_readmes_commands_run_in_the_tiny_world(tiny_world, tmp_path, monkey
             assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
         else:
             assert program == "python" and script in SCRIPTS, words
-            each = [rest]
+            each, its_world = [rest], [] if script == "pareto_report.py" else world  # which reads run folders alone
             if script == "train_value_model.py":  # "and so for each objective"
                 each = [[{"help": o}.get(word, word) for word in rest] for o in ("help", "harm", "humor")]
             for arguments in each:
-                status = run(lambda: load(script).main([*arguments, *SMALL.get(script, []), *world]))  # noqa: B023
+                status = run(lambda: load(script).main([*arguments, *SMALL.get(script, []), *its_world]))  # noqa: B023
                 assert status == 0, (script, arguments, capfd.readouterr().err[-2000:])
         ran.add(script)
     assert len(ran) >= 15
