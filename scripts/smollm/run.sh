@@ -13,11 +13,11 @@ if [ -n "${DATA_DIR:-}" ] && [ ! -d "$DATA_DIR" ]; then
   echo "error: DATA_DIR=$DATA_DIR is no folder; name the folder that holds hh/ and humor/, or unset it for the Hub" >&2
   exit 1
 fi
-PROMPTS=${PROMPTS:-500} VAL=${VAL:-50} EVAL=() REWARD=(--bf16)
+PROMPTS=${PROMPTS:-500} VAL=${VAL:-50} EVAL=() WIDE=(--num_prompts 200) REWARD=(--bf16)
 WORKSPACE=workspaces/smollm
 if [ -n "${SMOKE:-}" ]; then
   PROMPTS=12 VAL=4 WORKSPACE=workspaces/smollm_smoke
-  EVAL=(--num_prompts 4 --num_trials 1)
+  EVAL=(--num_prompts 4 --num_trials 1) WIDE=()
   REWARD+=(--max_rows 60)
 fi
 LOG=$WORKSPACE/run.log
@@ -60,5 +60,10 @@ stage "prompt words" "${baseline[@]}" --prompt_words --beta 1 2 4
 stage "best of 4" "${baseline[@]}" --num_samples 4 --obj_weights 1 --obj_weights 0.5,0.5 --obj_weights 0,1 --obj_weights 0,0,1 --obj_weights 0,0,0,1
 stage "beam search" "${beams[@]}" --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
 stage "best of 16" "${baseline[@]}" --num_samples 16 --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
+# Relevance is the reward that needs the prompt: its comparison with the two controls is made on more prompts.
+stage "relevance" "${mavis[@]}" "${WIDE[@]}" --beta 4 --obj_weights 0,0,0,1
+stage "relevance" "${baseline[@]}" "${WIDE[@]}"
+stage "relevance" "${baseline[@]}" "${WIDE[@]}" --token_table --beta 2 4 --obj_weights 0,0,0,1
+stage "relevance" "${baseline[@]}" "${WIDE[@]}" --prompt_words --beta 1 2
 report help,harm report
 report humor,relevance report_humor_relevance
