@@ -201,6 +201,7 @@ class RewardTrainingSpec:
     text_column: str = "text"
     label_column: str = "label"
     max_rows: int | None = None
+    max_holdout_rows: int | None = None
     max_length: int = 512
     lr: float = 1e-4
     num_epochs: int = 1
@@ -412,7 +413,8 @@ LEAST = {
     for name in (
         "r", "alpha", "root_children", "non_root_children", "num_layers", "num_prompts", "num_epochs", "batch_size",
         "max_steps", "num_samples", "max_length", "max_new_tokens", "max_prompt_tokens", "min_prompt_tokens",
-        "num_val_prompts", "max_rows", "top_k", "num_trials", "ppo_epochs", "mini_batch_size", "micro_batch_size",
+        "num_val_prompts", "max_rows", "max_holdout_rows", "top_k", "num_trials", "ppo_epochs", "mini_batch_size",
+        "micro_batch_size",
     )
 } | {
     name: 0

@@ -36,14 +36,17 @@ def read_examples(
     if training.kind == "preference":
         source, holdout = (
             read_pairs(config, dataset, s, eos=eos, max_rows=rows, data_files=data_files, counts=c)
-            for s, rows, c in ((training.source, training.max_rows, counts), (training.holdout, None, Counter()))
+            for s, rows, c in (
+                (training.source, training.max_rows, counts),
+                (training.holdout, training.max_holdout_rows, Counter()),
+            )
         )
     else:
         source, holdout = (
             read_labelled(config, dataset, spec, s, eos=eos, max_rows=rows, data_files=data_files, counts=c)
             for s, rows, c in (
                 (training.source, training.max_rows, counts),
-                (training.holdout, HOLDOUT_LABELS, Counter()),
+                (training.holdout, training.max_holdout_rows or HOLDOUT_LABELS, Counter()),
             )
         )
     return source, holdout, counts

@@ -20,7 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils import cli
 from utils.config import number_problem
 
-OVERRIDES = ("head", "num_layers", "lr", "num_epochs", "batch_size", "max_rows", "seed", "l2", "max_length")
+OVERRIDES = (
+    "head",
+    "num_layers",
+    "lr",
+    "num_epochs",
+    "batch_size",
+    "max_rows",
+    "max_holdout_rows",
+    "seed",
+    "l2",
+    "max_length",
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -41,6 +52,7 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--num_layers", type=int, help="keep the base model's first N layers")
     group.add_argument("--max_rows", type=int, help="most training examples")
+    group.add_argument("--max_holdout_rows", type=int, help="most held-out examples")
     group.add_argument("--max_length", type=int, help="most tokens of a text")
     group.add_argument("--rerun", action="store_true", help="train again and replace what is there (head full)")
     fit = parser.add_argument_group("fit")

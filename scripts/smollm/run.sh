@@ -18,7 +18,7 @@ WORKSPACE=workspaces/smollm
 if [ -n "${SMOKE:-}" ]; then
   PROMPTS=12 VAL=4 WORKSPACE=workspaces/smollm_smoke
   EVAL=(--num_prompts 4 --num_trials 1) WIDE=()
-  REWARD+=(--max_rows 60)
+  REWARD+=(--max_rows 60 --max_holdout_rows 60)
 fi
 LOG=$WORKSPACE/run.log
 WORLD=(--config smollm --workspace "$WORKSPACE")
