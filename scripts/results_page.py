@@ -115,7 +115,7 @@ def minutes_section(log: Path) -> str:
         longest[name] = max(longest.get(name, 0), int(seconds))
     groups: dict[str, list[int]] = defaultdict(list)
     for name, seconds in longest.items():
-        groups[re.sub(r" (\d|beta).*", "", name)].append(seconds)
+        groups[name.split(",")[0]].append(seconds)
     rows = [[name, len(s), f"{sum(s) / 60:.1f}"] for name, s in groups.items()]
     rows.append(["all", "", f"{sum(map(sum, groups.values())) / 60:.0f}"])
     return table(["stage", "runs", "minutes"], rows)

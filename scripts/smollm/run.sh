@@ -45,25 +45,25 @@ done
 stage "token tables" python fit_token_table.py "$TRAINING" all "${DATA[@]}" "${WORLD[@]}"
 
 report() {  # OBJECTIVES FOLDER
-  stage "report" python pareto_report.py "$WORKSPACE"/{mavis,baseline,baseline_bon,mavis_bs}_logs --objectives "$1" --output_dir "$WORKSPACE/$2"
+  stage "report, $1" python pareto_report.py "$WORKSPACE"/{mavis,baseline,baseline_bon,mavis_bs}_logs --objectives "$1" --output_dir "$WORKSPACE/$2"
 }
 mavis=(python mavis.py --beta 1 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
 baseline=(python baseline_eval.py "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
 beams=(python mavis_bs.py --Q 4 --beta 4 "${DATA[@]}" "${WORLD[@]}" "${EVAL[@]}")
 
 stage "reference" "${baseline[@]}"
-stage "mavis" "${mavis[@]}" --front help,harm --points 5
-stage "mavis" "${mavis[@]}" --front humor,relevance --points 3
-stage "token table" "${baseline[@]}" --token_table --beta 1 2 4 --front help,harm --points 5
-stage "token table" "${baseline[@]}" --token_table --beta 1 2 4 --front humor,relevance --points 3
+stage "mavis, help and harm" "${mavis[@]}" --front help,harm --points 5
+stage "mavis, humor and relevance" "${mavis[@]}" --front humor,relevance --points 3
+stage "token table, help and harm" "${baseline[@]}" --token_table --beta 1 2 4 --front help,harm --points 5
+stage "token table, humor and relevance" "${baseline[@]}" --token_table --beta 1 2 4 --front humor,relevance --points 3
 stage "prompt words" "${baseline[@]}" --prompt_words --beta 1 2 4
 stage "best of 4" "${baseline[@]}" --num_samples 4 --obj_weights 1 --obj_weights 0.5,0.5 --obj_weights 0,1 --obj_weights 0,0,1 --obj_weights 0,0,0,1
 stage "beam search" "${beams[@]}" --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
 stage "best of 16" "${baseline[@]}" --num_samples 16 --obj_weights 0.5,0.5 --obj_weights 0,0,0,1
 # Relevance is the reward that needs the prompt: its comparison with the two controls is made on more prompts.
-stage "relevance" "${mavis[@]}" "${WIDE[@]}" --beta 4 --obj_weights 0,0,0,1
-stage "relevance" "${baseline[@]}" "${WIDE[@]}"
-stage "relevance" "${baseline[@]}" "${WIDE[@]}" --token_table --beta 2 4 --obj_weights 0,0,0,1
-stage "relevance" "${baseline[@]}" "${WIDE[@]}" --prompt_words --beta 1 2
+stage "relevance, mavis" "${mavis[@]}" "${WIDE[@]}" --beta 4 --obj_weights 0,0,0,1
+stage "relevance, reference" "${baseline[@]}" "${WIDE[@]}"
+stage "relevance, token table" "${baseline[@]}" "${WIDE[@]}" --token_table --beta 2 4 --obj_weights 0,0,0,1
+stage "relevance, prompt words" "${baseline[@]}" "${WIDE[@]}" --prompt_words --beta 1 2
 report help,harm report
 report humor,relevance report_humor_relevance
