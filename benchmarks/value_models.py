@@ -78,9 +78,10 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
     import torch
 
     from utils import value_training as vt
-    from utils.models import load_reference
+    from utils.models import load_causal_lm, pick_dtype
 
-    model, _ = load_reference(config, dataset, device)
+    path = str(config.sft_path(dataset))
+    model = load_causal_lm(path, device, pick_dtype(config, device), num_layers=max(layers))
     backbone = getattr(model, model.base_model_prefix)
     found = {(n, pooling): [] for n in layers for pooling in ("last", "mean")}
     more = {"group": [], "depth": [], "leaf": []} | {("target", o): [] for o in dataset.objectives}
