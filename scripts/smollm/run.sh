@@ -67,3 +67,8 @@ stage "relevance, token table" "${baseline[@]}" "${WIDE[@]}" --token_table --bet
 stage "relevance, prompt words" "${baseline[@]}" "${WIDE[@]}" --prompt_words --beta 1 2
 report help,harm report
 report humor,relevance report_humor_relevance
+# Of relevance alone, over the prompts that only these runs have.
+mapfile -t wide < <(grep -lE '\b199\b' "$WORKSPACE"/*_logs/anthropic/*/*/args.yaml | xargs -r -n1 dirname)
+if [ ${#wide[@]} -gt 0 ]; then
+  stage "report, relevance" python pareto_report.py "${wide[@]}" --objectives humor,relevance --output_dir "$WORKSPACE/report_relevance"
+fi
