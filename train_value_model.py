@@ -159,6 +159,7 @@ def main(argv=None) -> int:
 
     import dataclasses
     import itertools
+    import time
 
     from accelerate import Accelerator
 
@@ -212,12 +213,14 @@ def main(argv=None) -> int:
             f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
         )
         model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
+        began = time.perf_counter()
         if not (folder / vt.STATE).is_file():
             if spec.head_start == "ridge":
                 ridge = vt.start_at_ridge(model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device)
                 accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
             elif not init:
                 vt.start_at_mean(model, training, packing=spec.packing, device=device)
+        start_seconds = round(time.perf_counter() - began, 2)
     assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
 
     if spec.bf16 and not vt.bf16_is_fast(device):
@@ -230,7 +233,7 @@ def main(argv=None) -> int:
         if accelerator.is_main_process:
             known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
             record = {"objective": objective.name, "label": config.label, "vocabulary": known,
-                      "pooling": config.value_model.pooling, **metrics}  # fmt: skip
+                      "pooling": config.value_model.pooling, "start_seconds": start_seconds, **metrics}  # fmt: skip
             vt.save_adapter(model, folder, record)
             vt.publish(folder, output)
         tracker.summary(metrics)

@@ -97,7 +97,7 @@ def value_section(config, iteration: int) -> str:
                     f"{v['correlation_within_prompt']:.2f}",
                     f"{lexical['r2_within']:.2f}" if "r2_within" in lexical else "",
                     f"{lexical['correlation_within']:.2f}" if "correlation_within" in lexical else "",
-                    f"{metrics['seconds'] / 60:.1f}",
+                    minutes_of(metrics),
                 ]
             )
     head = [
@@ -105,6 +105,13 @@ def value_section(config, iteration: int) -> str:
         "correlation within a prompt", "token table: explained within (leaves)", "its correlation within", "minutes",
     ]  # fmt: skip
     return table(head, rows)
+
+
+def minutes_of(metrics: dict) -> str:
+    """A value model's training in minutes, its head's start included; empty where that was not recorded."""
+    if "start_seconds" not in metrics and not metrics["num_steps"]:
+        return ""
+    return f"{(metrics['seconds'] + metrics.get('start_seconds', 0)) / 60:.1f}"
 
 
 def minutes_section(log: Path) -> str:
@@ -139,7 +146,11 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
     figures = args.output.parent / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    reports = [report_section(folder, figures, f"{args.output.stem}_") for folder in args.report]
+    # Two reports may have figures of one name: the folder's name behind "report" tells them apart.
+    prefixes = [
+        "_".join(filter(None, [args.output.stem, f.name.removeprefix("report").strip("_")])) for f in args.report
+    ]
+    reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
     records = [read(folder / "report.json") for folder in args.report]
     args.output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
     parts = [
