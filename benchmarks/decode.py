@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         "reference_parameters": sum(p.numel() for p in reference.parameters()),
         "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
+        "value_model_backbones": len({id(getattr(v, v.base_model_prefix)) for v in values}),
         "peak_memory_mib": peak_memory(device),
         "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
     }
@@ -82,14 +83,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device) -> list:
-    """Three value models: trained ones as far as there are any, fresh ones for the rest."""
-    from utils.models import load_value_model, new_value_model, pick_dtype, value_model_folder
+    """Three value models: trained ones as far as there are any, fresh ones for the rest.
 
-    models = []
-    for name in dataset.objectives:
-        folder = value_model_folder(config, value_model_dir, 0, name)
-        if (folder / "adapter_model.safetensors").is_file() and len(models) < 3:
-            models.append(load_value_model(config, folder, tokenizer, vocab_size, device))
+    Trained ones share a backbone where they would in use, which `mavis_3` then reads once.
+    """
+    from utils.models import load_value_models, new_value_model, pick_dtype, value_model_folder
+
+    folders = {name: value_model_folder(config, value_model_dir, 0, name) for name in dataset.objectives}
+    trained = [name for name, folder in folders.items() if (folder / "adapter_model.safetensors").is_file()][:3]
+    found = load_value_models(config, value_model_dir, dict.fromkeys(trained, 0), tokenizer, vocab_size, device)
+    models = list(found.values())
     while len(models) < 3:
         fresh = new_value_model(config, tokenizer, vocab_size, device, seed=len(models)).merge_and_unload()
         models.append(fresh.to(device, pick_dtype(config, device)).eval())
@@ -164,12 +167,13 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
             synchronize(device)
             if round_:
                 seconds[name].append(time.perf_counter() - start)
+    backbones = len({id(getattr(v, v.base_model_prefix)) for v in values})
     median = {name: statistics.median(s) for name, s in seconds.items()}
     needs = {
         "generate": median["bare reference"],
         "reference": median["bare reference"],
         "mavis_1": median["bare reference"] + median["bare value model"],
-        "mavis_3": median["bare reference"] + 3 * median["bare value model"],
+        "mavis_3": median["bare reference"] + backbones * median["bare value model"],
     }
     speed = {name: generated[name] / median[name] for name in methods}
     return [
