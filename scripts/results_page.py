@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
     records = [read(folder / "report.json") for folder in args.report]
-    args.output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    args.output.with_suffix(".json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
         "## Reward models\n",
