@@ -310,7 +310,7 @@ def test_a_reward_that_is_not_finite_names_objective_and_prompt(tmp_path):
     save_gpt2(tmp_path / "model")
     config = load_config(write_config(tmp_path, {"help": {"kind": "classifier", "path": "model"}}))
     rewards = RewardSet(config, config.dataset("talk"), ["help"], device="cpu")
-    torch.nn.init.constant_(rewards._scorers[0].model.score.weight, float("nan"))
+    rewards._scorers[0].model.score.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match=r"reward help of response 0 is nan .*what is the"):
         rewards.score(PROMPTS[:2], ["a", "b"])
 
