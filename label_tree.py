@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(config.sft_path(dataset))
     with Tracker(args.wandb, "label_tree", settings={"data_dir": str(args.data_dir)}) as tracker:
         labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
-        if args.soft:
-            _report_soft(label_softly(args.data_dir, args.log_ratio), args.log_ratio)
         trees = list(read_trees(args.data_dir))
+        if args.soft:
+            _report_soft(label_softly(args.data_dir, trees, args.log_ratio), args.log_ratio)
         spread = {name: variance_within(trees, name) for name in objectives}
         tracker.summary({"trees": len(trees), "labelled": labelled, "leaves": sum(len(t.leaves) for t in trees)})
         for name, (total, within) in spread.items():

@@ -18,7 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.cli import (
+    DataError,
+    UsageError,
+    add_common,
+    config_from,
+    found,
+    objectives_of,
+    overridden,
+    report_dry_run,
+    run,
+)
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 
@@ -71,8 +81,7 @@ def training_spec(args, dataset, objective):
     spec = dataset.training
     if args.init_checkpoint and objective.deepest_fraction_continued is not None:
         spec = dataclasses.replace(spec, deepest_fraction=objective.deepest_fraction_continued)
-    names = [f.name for f in dataclasses.fields(spec)]
-    spec = dataclasses.replace(spec, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+    spec = overridden(spec, args)
     if args.no_warmup:
         if args.warmup_steps:
             raise UsageError(f"--no_warmup and --warmup_steps {args.warmup_steps} exclude each other")
@@ -184,10 +193,7 @@ def main(argv=None) -> int:
         "log_ratio": args.log_ratio, "max_trees": args.max_trees,
         "training": dataclasses.asdict(spec), "value_model": dataclasses.asdict(config.value_model),
     }  # fmt: skip
-    record = {
-        "command": runs.command_line(), "commit": runs.git_commit(), "versions": runs.versions(),
-        "device": str(device), "processes": accelerator.num_processes, "configuration": config.as_dict(),
-    }  # fmt: skip
+    record = runs.provenance(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         folder = vt.open_output(output, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process)
     if folder is None:

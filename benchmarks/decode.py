@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         "reference_parameters": sum(p.numel() for p in reference.parameters()),
         "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
-        "value_model_backbones": len({id(getattr(v, v.base_model_prefix)) for v in values}),
+        "value_model_backbones": backbones(values),
         "peak_memory_mib": peak_memory(device),
         "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
     }
@@ -97,6 +97,11 @@ def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device)
         fresh = new_value_model(config, tokenizer, vocab_size, device, seed=len(models)).merge_and_unload()
         models.append(fresh.to(device, pick_dtype(config, device)).eval())
     return models
+
+
+def backbones(values) -> int:
+    """How many models a step of these value models reads: those that share a backbone are read once."""
+    return len({id(getattr(v, v.base_model_prefix)) for v in values})
 
 
 def measure(reference, values, batch_size: int, args, device) -> list[dict]:
@@ -167,13 +172,12 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
             synchronize(device)
             if round_:
                 seconds[name].append(time.perf_counter() - start)
-    backbones = len({id(getattr(v, v.base_model_prefix)) for v in values})
     median = {name: statistics.median(s) for name, s in seconds.items()}
     needs = {
         "generate": median["bare reference"],
         "reference": median["bare reference"],
         "mavis_1": median["bare reference"] + median["bare value model"],
-        "mavis_3": median["bare reference"] + backbones * median["bare value model"],
+        "mavis_3": median["bare reference"] + backbones(values) * median["bare value model"],
     }
     speed = {name: generated[name] / median[name] for name in methods}
     return [

@@ -89,10 +89,7 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
     for number, tree in enumerate(trees):
         nodes = np.array([n for n in vt.preorder(tree.parent) if n], np.int64)
         batch = vt.collate([vt.lay_out(vt.Example(tree, nodes, tree.values[dataset.objectives[0]]), nodes)], device)
-        inputs = dict(batch.inputs)
-        if inputs["attention_mask"].dim() == 4:
-            mask = inputs["attention_mask"].to(model.dtype)
-            inputs["attention_mask"] = mask.clamp_(min=torch.finfo(model.dtype).min)
+        inputs = vt.backbone_inputs(batch, model.dtype)
         with torch.inference_mode():
             hidden = backbone(**inputs, use_cache=False, output_hidden_states=True).hidden_states
             for n in layers:  # the last is normed already
@@ -110,48 +107,26 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
 
 
 def curve(states, x, objective: str, validation, numbers: list[int], **what) -> list[dict]:
-    """Rows of one regression at several numbers of training trees; the penalty by cross-validation over trees."""
-    import numpy as np
+    """Rows of one regression, as `start_at_ridge` fits it, at several numbers of training trees."""
+    import torch
 
-    from utils.value_training import BETWEEN, RIDGES
+    from utils.value_training import add_moments, choose_ridge
 
-    x, group = x.double().numpy(), states["group"]
-    target = states["target", objective]
-    _, place, count = np.unique(group, return_inverse=True, return_counts=True)
-
-    def mean(a):
-        sums = np.zeros((len(count), *a.shape[1:]))
-        np.add.at(sums, place, a)
-        return (sums / count.reshape(-1, *[1] * (a.ndim - 1)))[place]
-
-    xm, ym = mean(x), mean(target)
-    xw, yw = x - xm, target - ym
-    rows = []
-    for number in numbers:
-        chosen = ~validation & (group < number)
-        if number > group[~validation].max() + 1:
-            continue
-        grams, crosses = [], []
-        for fold in range(5):
-            part = chosen & (group % 5 == fold)
-            within = xw[part].T @ xw[part], yw[part] @ xw[part]
-            grams.append((within[0] + BETWEEN * xm[part].T @ xm[part], within[0]))
-            crosses.append((within[1] + BETWEEN * ym[part] @ xm[part], within[1]))
-        total, cross = sum(g for g, _ in grams), sum(c for c, _ in crosses)
-        unit, eye = np.trace(total) / len(total), np.eye(len(total))
-        errors = []
-        for ridge in RIDGES:
-            error = 0.0
-            for (g, gw), (c, cw) in zip(grams, crosses, strict=True):
-                w = np.linalg.solve(total - g + ridge * unit * eye, cross - c)
-                error += w @ gw @ w - 2 * w @ cw
-            errors.append(error)
-        ridge = RIDGES[int(np.argmin(errors))]
-        predicted = x @ np.linalg.solve(total + ridge * unit * eye, cross)
+    x, group = x.double(), states["group"]
+    target = torch.from_numpy(states["target", objective])
+    gram = torch.zeros(2, 5, x.shape[1], x.shape[1], dtype=torch.float64)
+    cross, read, rows = torch.zeros(2, 5, x.shape[1], dtype=torch.float64), 0, []
+    for number in sorted(n for n in numbers if n <= group[~validation].max() + 1):
+        for tree in range(read, number):
+            mine = torch.from_numpy(group == tree)
+            add_moments(gram, cross, tree % 5, x[mine], target[mine])
+        read = number
+        ridge, weight = choose_ridge(gram, cross)
+        predicted = (x @ weight).numpy()
         inner = validation & ~states["leaf"]
         rows.append(
             {"objective": objective, **what, "trees": number, "ridge": ridge}
-            | quality(target, predicted, group, inner, states["depth"])
+            | quality(target.numpy(), predicted, group, inner, states["depth"])
         )
     return rows
 

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.report_dry_run(rows)
         return 0
 
+    from utils.files import write_json
     from utils.models import load_tokenizer, load_value_models, pick_device, resolved_config
-    from utils.value_training import write_json
 
     device = pick_device(args.device)
     reference = config.sft_path(dataset)
@@ -69,16 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(model, data_dir: Path, objective: str, device) -> dict[str, float]:
     """A value model's fit to the held-out inner nodes of a folder of trees."""
-    import numpy as np
-
     from utils import value_training as vt
     from utils.hdf5_utils import read_trees
 
     examples = vt.make_examples(read_trees(data_dir, "val"), objective, vt.validation_nodes, data_dir=data_dir)
-    predictions = vt.predict(model, examples, device=device).cpu().numpy()
-    targets = np.concatenate([x.targets[x.nodes] for x in examples])
-    groups = np.concatenate([np.full(len(x.nodes), i) for i, x in enumerate(examples)])
-    return vt.fit_report(targets, predictions, groups)
+    return vt.validation_report(examples, vt.predict(model, examples, device=device).cpu().numpy())
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ def test_soft_labels_say_what_soft_values_pay_for(tmp_path):
     consolidate(tmp_path)
     targets = {}
     for mode in ("whole", "future"):
-        found = label_softly(tmp_path, mode)
+        found = label_softly(tmp_path, list(read_trees(tmp_path)), mode)
         trees = list(read_trees(tmp_path))
         assert [t.soft for t in trees] == [mode] * 2
         for tree, expected in zip(trees, found, strict=True):

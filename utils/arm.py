@@ -11,12 +11,10 @@ so every prefix has a score, and decoding needs one forward pass of it per token
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +25,9 @@ from torch import Tensor, nn
 from utils.cli import DataError, progress
 from utils.config import ArmSpec
 from utils.decoding import decode
-from utils.hdf5_utils import write_atomically
+from utils.files import write_atomically, write_csv
 from utils.policies import ReferencePolicy
-from utils.ppo import Checkpoint, Texts, lay_out
+from utils.ppo import Checkpoint, Texts, gathered, lay_out
 from utils.tilting import widened
 from utils.value_training import add_up, linear_schedule, seed_of
 
@@ -99,12 +97,8 @@ def sample_pairs(
     bar.close()
     texts = [c.token_ids for c in completions]
     values = [float(v) for v in score([i for i, _ in jobs], texts)] if jobs else []
-    parts = [[(texts[k : k + n], values[k : k + n]) for k in range(0, len(jobs), n)]]
-    if world > 1:
-        from accelerate.utils import gather_object
-
-        parts = gather_object(parts)
-    whole = [parts[i % world][i // world] for i in range(len(prompts))]
+    own = [(texts[k : k + n], values[k : k + n]) for k in range(0, len(jobs), n)]
+    whole = gathered(own, len(prompts), world)
     return pairs_by_reward(prompts, [texts for texts, _ in whole], [values for _, values in whole])
 
 
@@ -287,18 +281,10 @@ def train(
             log(row)
             bar.update(1)
             if rank == 0 and ((step + 1) % save_steps == 0 or step + 1 == total):
-                write_log(folder, rows)
+                write_csv(Path(folder) / LOG_FILE, rows)
                 checkpoint.save({"step": step + 1, "seconds": row["seconds"], "rows": rows})
     bar.close()
     if accelerator:
         accelerator.wait_for_everyone()
     held = measure(model, held_out, spec.reward_beta, device)
     return {"num_pairs": len(pairs), "steps": total, "seconds": rows[-1]["seconds"], "held_out": held}
-
-
-def write_log(folder: Path, rows: Sequence[Mapping]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(Path(folder) / LOG_FILE, text.getvalue())

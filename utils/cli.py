@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -108,6 +109,20 @@ def parse_weights(text: str, objectives: Sequence[str]) -> dict[str, float]:
     if abs(sum(weights) - 1.0) > 1e-6:
         raise UsageError(f"--obj_weights {text!r} sum to {sum(weights):g}; they must sum to 1 (order: {order})")
     return {name: w for name, w in zip(objectives, weights, strict=False) if w > 0}
+
+
+def overridden(spec, args: Namespace, prefix: str = "", problem: Callable[[str, float], str] | None = None):
+    """A dataclass of hyperparameters with what the command line gives of its fields, each as `prefix` + its name.
+
+    Args:
+        problem: what is wrong with a number of that name, or ""; such a number is a UsageError.
+    """
+    names = [f.name for f in dataclasses.fields(spec)]
+    given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n, None) is not None}
+    for name, value in given.items() if problem else ():
+        if text := problem(name, value):
+            raise UsageError(f"--{prefix}{name} {text}")
+    return dataclasses.replace(spec, **given)
 
 
 def parse_front(text: str, points: int, objectives: Sequence[str]) -> list[dict[str, float]]:

@@ -25,24 +25,11 @@ import h5py
 import numpy as np
 
 from utils.cli import DataError
+from utils.files import write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
 FORMAT = 1
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a whole file or none: to a temporary name, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -50,13 +50,12 @@ def label_trees(
     bar.close()
 
 
-def label_softly(data_dir: Path, mode: str) -> list[np.ndarray]:
-    """Write every tree's expected log-ratios (see `expected_log_ratio`) and return them, a tree each."""
+def label_softly(data_dir: Path, trees: Sequence[Tree], mode: str) -> list[np.ndarray]:
+    """Write the expected log-ratios (see `expected_log_ratio`) of a folder's trees and return them, a tree each."""
     found = []
-    for index in tree_indices(data_dir):
-        tree = read_tree(data_dir, index)
+    for tree in trees:
         if tree.soft != mode:
-            write_structure(tree_path(data_dir, index), replace(tree, soft=mode))
+            write_structure(tree_path(data_dir, tree.prompt_index), replace(tree, soft=mode))
         found.append(expected_log_ratio(tree.parent, tree.log_ratio, mode))
     return found
 

@@ -179,9 +179,14 @@ class SlotCache(Cache):
             self.store = kept
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """A transformers model without its PEFT wrapper, whose layers are inside the base."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).eval()
+def without_adapter(model: nn.Module) -> nn.Module:
+    """A transformers model without its PEFT wrapper; the adapter's layers are inside the base."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def pools_mean(model: nn.Module) -> bool:
+    """Whether a value model's value is the mean of its head over the response, not the head at the last token."""
+    return getattr(model.config, "value_pooling", "last") == "mean"
 
 
 def _head(model: nn.Module) -> nn.Module:
@@ -201,8 +206,7 @@ class CachedModel:
     """
 
     def __init__(self, model: nn.Module, heads: Sequence[nn.Module] | None = None):
-        self.model = _inner(model)
-        model = self.model
+        model = self.model = without_adapter(model).eval()
         self.heads = heads
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.num_layers = getattr(text, "num_hidden_layers", 0)
@@ -617,7 +621,7 @@ class MavisPolicy(_TiltedPolicy):
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
-        models = [_inner(m) for m in models]
+        models = [without_adapter(m).eval() for m in models]
         # Value models that share a backbone are read in one pass: {backbone: indices of its models}.
         shared: dict[int, list[int]] = {}
         for i, model in enumerate(models):
@@ -625,7 +629,7 @@ class MavisPolicy(_TiltedPolicy):
         self.value_readers = [CachedModel(models[g[0]], [_head(models[i]) for i in g]) for g in shared.values()]
         order = [i for group in shared.values() for i in group]
         self._place = None if order == sorted(order) else torch.tensor(np.argsort(order), device=self.device)
-        pools = [getattr(m.config, "value_pooling", "last") == "mean" for m in models]
+        pools = [pools_mean(m) for m in models]
         self._pools = torch.tensor(pools, device=self.device)[:, None, None] if any(pools) else None
 
     def _response_of(self, scores: Sequence[Tensor], begun: Tensor) -> Tensor | None:

@@ -33,7 +33,6 @@ batch do what one would do.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -51,9 +50,9 @@ from utils import tilting
 from utils.cli import DataError, progress
 from utils.config import PPOSpec
 from utils.decoding import decode
-from utils.hdf5_utils import write_atomically
+from utils.files import write_atomically, write_csv, write_json
 from utils.policies import ReferencePolicy
-from utils.value_training import STATE, add_up, write_json
+from utils.value_training import STATE, add_up
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"
 CONTROLLER_CLIP = 0.2  # of the relative error of the KL
@@ -446,7 +445,7 @@ def train(
             own = {name: float(values[j]) for name, values in rewards.items()}
             answers.append(Answer(prompt, response, own, sum(w * own[name] for name, w in weights.items())))
         read_answers(policy, answers, spec.micro_batch_size)
-        answers = _gathered(answers, len(picked), world)
+        answers = gathered(answers, len(picked), world)
 
         targets, kl = make_targets(answers, spec, controller.coef, policy.device, dtype)
         measured, norm = _update(policy, answers, targets, optimizer, parameters, spec, step, accelerator)
@@ -471,8 +470,8 @@ def train(
     return rows
 
 
-def _gathered(mine: list[Answer], count: int, world: int) -> list[Answer]:
-    """Every process's answers, in the order of the batch."""
+def gathered(mine: list, count: int, world: int) -> list:
+    """What every process made of its `rank::world` part of `count` things, in their order."""
     if world == 1:
         return mine
     from accelerate.utils import gather_object
@@ -526,11 +525,7 @@ def _row(
 
 def write_log(folder: Path, rows: Sequence[Mapping]) -> None:
     """training_log.csv, and training_log.png: reward and KL per step."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(Path(folder) / LOG_FILE, text.getvalue())
+    write_csv(Path(folder) / LOG_FILE, rows)
     write_atomically(Path(folder) / PLOT_FILE, plot_log(rows))
 
 

@@ -742,14 +742,3 @@ def report_section(section: Section, stem: str, reference_point=None, compared=N
         figures_of(section, stem),
         unequal_settings(section),
     )
-
-
-def plain(value):
-    """Plain data without nan, for JSON."""
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

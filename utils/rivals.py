@@ -19,6 +19,7 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec
 from utils.places import check_adapter_folder, reference_path
+from utils.runs import describe_weights
 
 RECORD = "metrics.json"  # beside an adapter: what it was made from
 
@@ -127,13 +128,13 @@ def soup_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
     folder = soup_folder(config, spec, weights, root or None)
     single = len(weights) == 1 and not root
     command = (ppo_command if single else soup_command)(config, spec, weights, folder)
-    return {f"rewarded soup of {describe(weights)}": (str(folder), command)}
+    return {f"rewarded soup of {describe_weights(weights)}": (str(folder), command)}
 
 
 def morlhf_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
     config, spec, weights = settings.config, settings.spec, settings.weights
     folder = morlhf_folder(config, spec, weights, root or None)
-    return {f"MORLHF policy of {describe(weights)}": (str(folder), ppo_command(config, spec, weights, folder))}
+    return {f"MORLHF policy of {describe_weights(weights)}": (str(folder), ppo_command(config, spec, weights, folder))}
 
 
 def mod_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
@@ -148,10 +149,6 @@ def arm_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
     return {
         f"autoregressive reward model of {n}": (str(f), arm_command(config, spec, n, f)) for n, f in folders.items()
     }
-
-
-def describe(weights: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {w:g}" for name, w in weights.items())
 
 
 def load_adapters(settings, reference, checkpoints: Mapping[str, tuple[str, str]]) -> list:

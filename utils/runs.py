@@ -14,7 +14,6 @@ the lock is held on samples.jsonl, so it ends with the process, however that end
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import hashlib
 import io
@@ -37,6 +36,7 @@ import numpy as np
 import yaml
 
 from utils.cli import DataError
+from utils.files import write_atomically, write_csv
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 KL_SEARCH = "kl_search.csv"
@@ -88,6 +88,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def provenance(device, processes: int, config) -> dict:
+    """What a training's args.yaml says beside its settings: command, code, versions, devices, configuration."""
+    return {
+        "command": command_line(), "commit": git_commit(), "versions": versions(), "device": str(device),
+        "processes": processes, "configuration": config.as_dict(),
+    }  # fmt: skip
 
 
 def git_commit() -> str | None:
@@ -319,12 +327,7 @@ class Run:
         self.samples = parse_samples(text[:whole].decode(), self.folder / SAMPLES)
 
     def _write_rewards(self) -> None:
-        rows = per_prompt(self.samples)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)  # floats by repr: reading them back gives the same bits
-        write_atomically(self.folder / REWARDS, text.getvalue())
+        write_csv(self.folder / REWARDS, per_prompt(self.samples))
 
 
 def run_parent(workspace: str | os.PathLike, spec: RunSpec) -> Path:
@@ -418,16 +421,6 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(sys.argv)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

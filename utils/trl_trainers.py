@@ -16,8 +16,9 @@ import numpy as np
 from utils import models, ppo
 from utils.cli import DataError, UsageError
 from utils.config import PPOSpec
+from utils.files import write_json
 from utils.places import last_checkpoint
-from utils.value_training import STATE, bf16_is_fast, write_json
+from utils.value_training import STATE, bf16_is_fast
 
 
 def answers_per_pass(spec: PPOSpec, world: int) -> int:

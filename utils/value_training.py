@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -33,13 +32,13 @@ from safetensors.torch import load_file, save
 
 from utils.cli import DataError, progress
 from utils.config import TrainingSpec
-from utils.hdf5_utils import write_atomically
+from utils.files import write_atomically, write_csv, write_json
+from utils.policies import pools_mean, without_adapter
 from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # penalties that `start_at_ridge` chooses from
 BETWEEN = 0.1  # what a prompt's mean counts there
-VALUE_POOLING = "value_pooling"  # the model configuration's attribute that says how a value model reads a text
 VALIDATION_SHARE = 0.2  # of the training's cost, at most, however many validation trees there are
 TOKENS_PER_PASS = 8192  # padded tokens of one forward pass; a step that has more is done in several
 LOG_COLUMNS = ("step", "epoch", "nodes", "lr", "train_loss", "val_loss", "grad_norm", "seconds")
@@ -366,21 +365,21 @@ def collate(layouts: Sequence[Layout], device=None) -> Batch:
     )
 
 
+def backbone_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The batch's inputs for a backbone of that precision."""
+    mask = batch.inputs["attention_mask"]
+    if mask.dim() == 2 or dtype == torch.float32:
+        return batch.inputs
+    return batch.inputs | {"attention_mask": mask.to(dtype).clamp_(min=torch.finfo(dtype).min)}
+
+
 def _head_and_states(model, batch: Batch):
     """The sequence-classification model under any adapter, and its hidden states (B, L, H)."""
-    head = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = without_adapter(model)
     backbone = getattr(head, head.base_model_prefix)
-    dtype = next(backbone.parameters()).dtype
-    inputs = dict(batch.inputs)
-    if inputs["attention_mask"].dim() == 4 and dtype != torch.float32:
-        inputs["attention_mask"] = inputs["attention_mask"].to(dtype).clamp_(min=torch.finfo(dtype).min)
+    inputs = backbone_inputs(batch, next(backbone.parameters()).dtype)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return head, hidden.to(head.score.weight.dtype)
-
-
-def pools_mean(model) -> bool:
-    """Whether a value model's value is the mean of its head over the response, not the head at the last token."""
-    return getattr(model.config, VALUE_POOLING, "last") == "mean"
 
 
 def response_mean(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
@@ -670,7 +669,7 @@ def save_adapter(model, folder: Path, metrics: dict) -> None:
 
 def _head_weight(model) -> torch.Tensor:
     """The scalar head's weight (1, H)."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).score.weight
+    return without_adapter(model).score.weight
 
 
 @torch.no_grad()
@@ -725,33 +724,48 @@ def start_at_ridge(
         with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
             states = node_states(model, batch).double()
         for row, i in enumerate(group):
-            mine, fold = batch.rows == row, i % folds
+            mine = batch.rows == row
             x = states[mine]
-            y = batch.targets[mine].double() - x @ weight[0].double()
-            mean, level, count = x.mean(0), y.mean(), len(y)
-            x, y = x - mean, y - level
-            gram[1, fold] += x.T @ x
-            cross[1, fold] += y @ x
-            gram[0, fold] += x.T @ x + BETWEEN * count * torch.outer(mean, mean)
-            cross[0, fold] += y @ x + BETWEEN * count * level * mean
+            add_moments(gram, cross, i % folds, x, batch.targets[mine].double() - x @ weight[0].double())
         bar.update(len(group))
     bar.close()
     model.train(training)
-    unit = gram[0].sum(0).diagonal().mean()
-    error = torch.zeros(len(RIDGES), dtype=torch.float64, device=device)  # less the targets' own square
-    used = [f for f in range(folds) if gram[0, f].any()]
+    ridge, step = choose_ridge(gram, cross)
+    weight += step[None].to(weight.dtype)
+    return ridge
+
+
+def choose_ridge(gram: torch.Tensor, cross: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The penalty of `RIDGES` that predicts the differences within a prompt best over folds, and its solution (H,).
+
+    Args:
+        gram: (2, folds, H, H) float64, X'X of each fold: [0] what is minimised, [1] within prompts alone.
+        cross: (2, folds, H), X'y likewise.
+    """
+    size, unit = gram.shape[-1], gram[0].sum(0).diagonal().mean()
+    used = [f for f in range(gram.shape[1]) if gram[0, f].any()]
 
     def solve(kept: list[int], ridge: float) -> torch.Tensor:
-        eye = torch.eye(size, dtype=torch.float64, device=device)
+        eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
         return torch.linalg.solve(gram[0, kept].sum(0) + ridge * unit * eye, cross[0, kept].sum(0))
 
+    error = gram.new_zeros(len(RIDGES))  # less the targets' own square
     for n, ridge in enumerate(RIDGES):
         for f in used if len(used) > 1 else ():
             w = solve([g for g in used if g != f], ridge)
             error[n] += w @ gram[1, f] @ w - 2 * w @ cross[1, f]
     best = RIDGES[int(error.argmin())] if len(used) > 1 else RIDGES[-1]
-    weight += solve(used, best)[None].to(weight.dtype)
-    return best
+    return best, solve(used, best)
+
+
+def add_moments(gram: torch.Tensor, cross: torch.Tensor, fold: int, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add one prompt's states (n, H) and targets (n,) to the moments that `choose_ridge` reads."""
+    mean, level, count = x.mean(0), y.mean(), len(y)
+    x, y = x - mean, y - level
+    gram[1, fold] += x.T @ x
+    cross[1, fold] += y @ x
+    gram[0, fold] += x.T @ x + BETWEEN * count * torch.outer(mean, mean)
+    cross[0, fold] += y @ x + BETWEEN * count * level * mean
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -775,21 +789,8 @@ def make_optimizer(model, spec: TrainingSpec):
 
 
 def seed_of(*key: int) -> int:
+    """A seed for torch, below 2^63, that the numbers of the key give."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def plain_json(data):
-    """Data with nan as null, so that every JSON reader takes it."""
-    if isinstance(data, dict):
-        return {str(k): plain_json(v) for k, v in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [plain_json(v) for v in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, json.dumps(plain_json(data), indent=2, allow_nan=False) + "\n")
 
 
 class Checkpoint:
@@ -859,14 +860,6 @@ def _read_log(path: Path, up_to: int) -> list[dict]:
         return [row for row in csv.DictReader(file) if row.get("step", "").isdigit() and int(row["step"]) <= up_to]
 
 
-def _write_log(path: Path, rows: Sequence[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
 def train(
     model,
     training: Sequence[Example],
@@ -916,8 +909,9 @@ def train(
     checkpoint = Checkpoint(Path(folder), model, optimizer)
     parameters, mark = list(checkpoint.parameters.values()), fingerprint(training, validation)
     state = checkpoint.load()
-    every = np.concatenate([x.targets[x.nodes] for x in training])
-    scale = (float(every.std()) or 1.0) if spec.standardize else 1.0
+    scale = 1.0
+    if spec.standardize:
+        scale = float(np.concatenate([x.targets[x.nodes] for x in training]).std()) or 1.0
     if state is None:
         state = {"step": 0, "seconds": 0.0, "best_loss": None, "fingerprint": mark}
         with torch.no_grad():
@@ -945,7 +939,7 @@ def train(
         if best:
             state |= {"best_loss": val_loss, "best_step": done}
         if rank == 0:
-            _write_log(log_file, rows)
+            write_csv(log_file, rows, LOG_COLUMNS)
             state = checkpoint.save(state, best=best)
         say(f"step {done}/{total}: {note}validation {val_loss:.4f}" + (" (best)" if best else ""))
 
@@ -953,9 +947,7 @@ def train(
     begun, running, since = time.perf_counter() - state["seconds"], torch.zeros((), device=device), 0
     bar = progress(total=total, desc="value model", unit="step")
     bar.update(state["step"])
-    if state["best_loss"] is None and (
-        spec.head_start == "ridge" or not total
-    ):  # a start that may be the best there is
+    if state["best_loss"] is None and spec.head_start == "ridge":  # a start that may be the best there is
         keep(0, float(np.square(evaluate() - targets).mean()))
     model.train()
     with torch.random.fork_rng(
@@ -1039,12 +1031,12 @@ def _milestones(training, validation, spec: TrainingSpec, epoch_tokens: int, tot
     About 10 evaluations an epoch, fewer where they would take more than a fifth of the training's time (a training
     token costs about three times what one of validation does), and one at the end in any case.
     """
+    if total == 0:
+        return set(), set()
     if spec.packing == "node":
         cost = sum(int(x.path_lengths[x.nodes].sum()) for x in validation)
     else:
         cost = sum(unit_tokens(x, x.nodes) for x in validation)
-    if total == 0:
-        return set(), set()
     affordable = int(VALIDATION_SHARE * 3 * epoch_tokens / max(1, cost))
     count = min(total, spec.num_epochs * max(1, min(EVALUATIONS_PER_EPOCH, affordable)))
     evaluated = {round(total * (i + 1) / count) for i in range(count)}

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
-from utils.cli import UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.cli import UsageError, add_common, config_from, found, objectives_of, overridden, report_dry_run, run
 from utils.config import ArmSpec, DatasetSpec, number_problem
 from utils.places import reference_path, reward_rows
 
@@ -62,21 +62,13 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> ArmSpec:
         UsageError: a number that cannot be meant.
     """
 
-    def overridden(spec, prefix=""):
-        names = [f.name for f in dataclasses.fields(spec)]
-        given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n, None) is not None}
-        for name, value in given.items():
-            if problem := number_problem(name, value):
-                raise UsageError(f"--{prefix}{name} {problem}")
-        return dataclasses.replace(spec, **given)
-
-    spec = overridden(dataset.arm)
+    spec = overridden(dataset.arm, args, problem=number_problem)
     for name, value in (
         ("micro_batch_size", args.micro_batch_size), ("save_steps", args.save_steps), ("num_epochs", spec.num_epochs)
     ):  # fmt: skip
         if value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    return dataclasses.replace(spec, lora=overridden(spec.lora, "lora_"))
+    return dataclasses.replace(spec, lora=overridden(spec.lora, args, "lora_", number_problem))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils import arm, models, runs
     from utils import value_training as vt
+    from utils.files import write_json
     from utils.tracking import Tracker
 
     accelerator = Accelerator(cpu=args.device == "cpu")
@@ -122,10 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         "top_k": config.decoding.top_k, "temperature": config.decoding.temperature,
         "training": dataclasses.asdict(spec),
     }  # fmt: skip
-    record = {
-        "command": runs.command_line(), "commit": runs.git_commit(), "versions": runs.versions(),
-        "device": str(device), "processes": accelerator.num_processes, "configuration": config.as_dict(),
-    }  # fmt: skip
+    record = runs.provenance(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         partial = vt.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process,
@@ -157,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
         known = {"kind": "arm", "dataset": dataset.name, "objective": objective.name, "label": config.label}
         known |= {"base_model": base, "base_content": settings["base_content"]}
-        vt.write_json(partial / rivals.RECORD, known | metrics)
+        write_json(partial / rivals.RECORD, known | metrics)
         vt.publish(partial, folder)
     accelerator.wait_for_everyone()
     held = metrics["held_out"]

@@ -25,7 +25,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
-from utils.cli import UsageError, add_common, config_from, found, objectives_of, pick_one_gpu, report_dry_run, run
+from utils.cli import (
+    UsageError,
+    add_common,
+    config_from,
+    found,
+    objectives_of,
+    overridden,
+    pick_one_gpu,
+    report_dry_run,
+    run,
+)
 from utils.config import Config, DatasetSpec, PPOSpec, number_problem
 from utils.places import reference_path, reward_rows
 
@@ -124,16 +134,9 @@ def training_spec(args: Namespace, dataset: DatasetSpec, config: Config) -> PPOS
         UsageError: a number that cannot be meant.
     """
 
-    def overridden(spec, prefix=""):
-        names = [f.name for f in dataclasses.fields(spec)]
-        given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n, None) is not None}
-        for name, value in given.items():
-            if problem := number_problem(name, value):
-                raise UsageError(f"--{prefix}{name} {problem}")
-        return dataclasses.replace(spec, **given)
-
-    spec = overridden(dataset.ppo)
-    spec = dataclasses.replace(spec, lora=overridden(spec.lora, "lora_"), top_k=spec.top_k or config.decoding.top_k)
+    spec = overridden(dataset.ppo, args, problem=number_problem)
+    lora = overridden(spec.lora, args, "lora_", number_problem)
+    spec = dataclasses.replace(spec, lora=lora, top_k=spec.top_k or config.decoding.top_k)
     if args.algorithm != "ppo" and spec.batch_size % spec.num_generations:
         raise UsageError(
             f"--batch_size {spec.batch_size} must be a multiple of --num_generations ({spec.num_generations})"
@@ -185,10 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         "rewards": {n: dataclasses.asdict(config.objective(n)) for n in weights}, "max_new_tokens": max_new_tokens,
         "temperature": config.decoding.temperature, "training": dataclasses.asdict(spec),
     }  # fmt: skip
-    record = {
-        "command": runs.command_line(), "commit": runs.git_commit(), "versions": runs.versions(),
-        "device": str(device), "processes": accelerator.num_processes, "configuration": config.as_dict(),
-    }  # fmt: skip
+    record = runs.provenance(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         partial = vt.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process, what="trained policy"
@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     if partial is None:
         accelerator.print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
-    accelerator.print(f"{args.algorithm} for {rivals.describe(weights)}: {partial} until it is complete, then {folder}")
+    accelerator.print(
+        f"{args.algorithm} for {runs.describe_weights(weights)}: {partial} until it is complete, then {folder}"
+    )
     from utils.policy_training import Task, train_policy
     from utils.ppo import PLOT_FILE
     from utils.tracking import Tracker

@@ -20,19 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils import cli
 from utils.config import number_problem
 
-OVERRIDES = (
-    "head",
-    "num_layers",
-    "lr",
-    "num_epochs",
-    "batch_size",
-    "max_rows",
-    "max_holdout_rows",
-    "seed",
-    "l2",
-    "max_length",
-)
-
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
@@ -78,11 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             f"objectives.{spec.name} has no `training` entry in {config.path}: its reward is "
             f"{spec.path or spec.function}"
         )
-    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    for name, value in overrides.items():
-        if problem := name != "head" and number_problem(name, value):
-            raise cli.UsageError(f"--{name} {problem}")
-    spec = dataclasses.replace(spec, training=dataclasses.replace(spec.training, **overrides))
+    fit = cli.overridden(spec.training, args, problem=lambda n, v: "" if n == "head" else number_problem(n, v))
+    spec = dataclasses.replace(spec, training=fit)
     output = args.output_dir or config.default_path(spec.path)
     if args.dry_run:
         return _dry_run(config, spec, output, args.data_files)

@@ -25,7 +25,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, pick_one_gpu, report_dry_run, run
+from utils.cli import (
+    DataError,
+    UsageError,
+    add_common,
+    config_from,
+    found,
+    overridden,
+    pick_one_gpu,
+    report_dry_run,
+    run,
+)
 from utils.config import Config, DatasetSpec, SFTSpec
 from utils.places import last_checkpoint
 
@@ -80,13 +90,8 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> SFTSpec:
         UsageError: a number that cannot be meant.
     """
 
-    def overridden(spec, prefix=""):
-        names = [f.name for f in dataclasses.fields(spec)]
-        given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n, None) is not None}
-        return dataclasses.replace(spec, **given)
-
-    spec = overridden(dataset.sft)
-    spec = dataclasses.replace(spec, lora=overridden(spec.lora, "lora_"))
+    spec = overridden(dataset.sft, args)
+    spec = dataclasses.replace(spec, lora=overridden(spec.lora, args, "lora_"))
     least = {"batch_size": 1, "max_steps": 1, "num_samples": 1, "max_length": 2, "warmup_steps": 0, "seed": 0}
     for name, low in (*least.items(), ("weight_decay", 0)):
         if not (math.isfinite(getattr(spec, name)) and getattr(spec, name) >= low):
@@ -200,7 +205,7 @@ def is_complete(folder: Path, settings: dict, rerun: bool) -> bool:
 
 def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     """Make the folder of the checkpoints, or check that those that are there belong to these settings."""
-    from utils.runs import write_atomically
+    from utils.files import write_atomically
 
     if folder.exists():
         different = differences(folder / SETTINGS, settings)
