@@ -1,6 +1,6 @@
-"""Train the value model of one objective on labelled trees (MAVIS, section 4).
+"""Train the value model of one objective, or of several in turn, on labelled trees (MAVIS, section 4).
 
-    python train_value_model.py --dataset anthropic --objective help
+    python train_value_model.py --dataset anthropic --objective help          # or help,harm or all
     accelerate launch train_value_model.py ...      # data-parallel; a step has --batch_size nodes over all processes
 
 Reads what split_data.py made, <workspace>/data_for_training/<dataset>/iter_0. Makes
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -29,6 +30,7 @@ from utils.cli import (
     report_dry_run,
     run,
 )
+from utils.config import Config, DatasetSpec, ObjectiveSpec, TrainingSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 
@@ -37,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(parser)
     group = parser.add_argument_group("what is learned from what")
     group.add_argument("--dataset", default="anthropic", help="data set of the configuration (default: anthropic)")
-    group.add_argument("--objective", required=True, help="the objective whose values are learned, e.g. help")
+    group.add_argument(
+        "--objective", required=True, help="whose values are learned: an objective, several (help,harm) or all"
+    )
     group.add_argument("--data_dir", help="labelled trees in train/ and val/ (default: <workspace>/data_for_training/"
                        "<dataset>/iter_0, or the iteration after --init_checkpoint's)")  # fmt: skip
     group.add_argument("--init_checkpoint", help="value model to continue from, e.g. value_models/iter_0/help")
@@ -132,125 +136,173 @@ def check_split(data_dir: Path, dataset: str) -> None:
                             f"python split_data.py <trees> --dataset {dataset} --output_dir {data_dir}")  # fmt: skip
 
 
-def main(argv=None) -> int:
-    args = build_parser().parse_args(argv)
-    config = config_from(args)
-    dataset = config.dataset(args.dataset)
-    if len(objectives_of(dataset, args.objective)) > 1:
-        raise UsageError(
-            f"--objective {args.objective}: one objective at a time; valid: {', '.join(dataset.objectives)}"
-        )
-    objective = config.objective(args.objective)
+@dataclass(frozen=True)
+class Plan:
+    """What one objective's training reads, by which hyperparameters, and what it makes; `init` None: from the base."""
+
+    objective: ObjectiveSpec
+    spec: TrainingSpec
+    data_dir: Path
+    init: Path | None
+    output: Path
+
+
+def plan_of(args, config: Config, dataset: DatasetSpec, objective: ObjectiveSpec) -> Plan:
+    """The command line's plan for one of its objectives.
+
+    Raises:
+        UsageError: numbers that cannot be meant, or a place that has to be named.
+    """
     spec = training_spec(args, dataset, objective)
     iteration = iteration_of(args, objective.name)
     for name in ("data_dir", "output_dir"):
         if iteration is None and getattr(args, name) is None:
             place = f"--init_checkpoint {args.init_checkpoint} is not .../iter_<N>/{objective.name}"
             raise UsageError(f"{place}, so --{name} is needed")
-    data_dir = Path(args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}"))
-    init = config.locate(args.init_checkpoint) if args.init_checkpoint else None
+    data_dir = args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}")
+    init = Path(config.locate(args.init_checkpoint)) if args.init_checkpoint else None
+    output = args.output_dir or value_model_folder(config, None, iteration, objective.name)
+    return Plan(objective, spec, Path(data_dir), init, Path(output))
 
-    output = Path(args.output_dir) if args.output_dir else value_model_folder(config, None, iteration, objective.name)
+
+def dry_run(config: Config, plans: list[Plan], reference: str, made_by: str) -> None:
+    """Print what would be loaded and made."""
+    value_base = config.locate(config.value_model.path)
+    rows = [("tokenizer", reference, found(reference, made_by)),
+            ("value model's base", value_base, found(value_base, config.value_model.made_by))]  # fmt: skip
+    for split, what in (("train", "training trees"), ("val", "validation trees")):
+        for folder in dict.fromkeys(plan.data_dir / split for plan in plans):
+            rows.append((what, folder, found(folder, "split_data.py")))
+    for plan in plans:
+        if plan.init:
+            rows.append(("continued from", plan.init, found(plan.init, "train_value_model.py")))
+        state = "here" if plan.output.exists() else "made by this command"
+        rows.append((f"value model of {plan.objective.name}", plan.output, state))
+    report_dry_run(rows)
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    config = config_from(args)
+    dataset = config.dataset(args.dataset)
+    names = objectives_of(dataset, args.objective)
+    if len(names) > 1:
+        for flag in ("init_checkpoint", "output_dir"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag} is one objective's; --objective {args.objective} names {len(names)}")
+    plans = [plan_of(args, config, dataset, config.objective(name)) for name in names]
     reference, made_by = reference_path(config, dataset)
     if args.dry_run:
-        value_base = config.locate(config.value_model.path)
-        rows = [("training trees", data_dir / "train", found(data_dir / "train", "split_data.py")),
-                ("validation trees", data_dir / "val", found(data_dir / "val", "split_data.py")),
-                ("tokenizer", reference, found(reference, made_by)),
-                ("value model's base", value_base, found(value_base, config.value_model.made_by))]  # fmt: skip
-        rows += [("continued from", init, found(init, "train_value_model.py"))] if init else []
-        report_dry_run([*rows, ("value model", output, "here" if output.exists() else "made by this command")])
+        dry_run(config, plans, reference, made_by)
         return 0
-
-    check_split(data_dir, dataset.name)
-    if init:
-        check_adapter_folder(Path(init), "--init_checkpoint")
-
-    import dataclasses
-    import itertools
-    import time
+    for plan in plans:
+        check_split(plan.data_dir, dataset.name)
+        if plan.init:
+            check_adapter_folder(plan.init, "--init_checkpoint")
 
     from accelerate import Accelerator
 
-    from utils import runs
-    from utils import value_training as vt
-    from utils.hdf5_utils import read_trees
-    from utils.models import (
-        load_tokenizer,
-        new_value_model,
-        pick_device,
-        resolved_config,
-        vocabulary_hash,
-        vocabulary_size,
-    )
-    from utils.tracking import Tracker
+    from utils.models import pick_device
 
     accelerator = Accelerator(cpu=args.device == "cpu")
     device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
+    for plan in plans:
+        train_one(args, config, dataset, plan, accelerator, device)
+    return 0
+
+
+def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerator, device) -> None:
+    """Train one objective's value model, unless it is there."""
+    import dataclasses
+
+    from utils import runs
+    from utils import value_training as vt
+    from utils.models import vocabulary_hash
+    from utils.tracking import Tracker
+
+    spec, name = plan.spec, plan.objective.name
     settings = {
-        "dataset": dataset.name, "objective": objective.name, "data_dir": str(data_dir.resolve()),
-        "init_checkpoint": str(Path(init).resolve()) if init else None, "KL_penalty": args.KL_penalty,
+        "dataset": dataset.name, "objective": name, "data_dir": str(plan.data_dir.resolve()),
+        "init_checkpoint": str(plan.init.resolve()) if plan.init else None, "KL_penalty": args.KL_penalty,
         "log_ratio": args.log_ratio, "max_trees": args.max_trees,
         "training": dataclasses.asdict(spec), "value_model": dataclasses.asdict(config.value_model),
     }  # fmt: skip
     record = runs.provenance(device, accelerator.num_processes, config)
+    main_process = accelerator.is_main_process
     with accelerator.main_process_first():
-        folder = vt.open_output(output, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process)
+        folder = vt.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)
     if folder is None:
-        accelerator.print(f"{output} is complete (--rerun trains it again)")
-        return 0
-    accelerator.print(f"value model of {objective.name}: {folder} until it is complete, then {output}")
-
-    with vt.discarded_unless_begun(folder, main_process=accelerator.is_main_process):
-        tokenizer = load_tokenizer(reference, made_by=made_by)
-        vocab_size = resolved_config(reference).get_text_config().vocab_size
-
-        def examples(split, choose, limit=None):
-            trees = itertools.islice(read_trees(data_dir, split), limit)
-            return vt.make_examples(trees, objective.name, choose, kl_penalty=args.KL_penalty, log_ratio=args.log_ratio,
-                                    vocab_size=vocab_size, data_dir=data_dir)  # fmt: skip
-
-        training = examples(
-            "train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees
-        )
-        validation = examples("val", vt.validation_nodes)
-        nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
-        accelerator.print(
-            f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
-        )
-        model = new_value_model(config, tokenizer, vocab_size, device, init, seed=spec.seed)
-        began = time.perf_counter()
-        if not (folder / vt.STATE).is_file():
-            if spec.head_start == "ridge":
-                ridge = vt.start_at_ridge(model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device)
-                accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
-            elif not init:
-                vt.start_at_mean(model, training, packing=spec.packing, device=device)
-        start_seconds = round(time.perf_counter() - began, 2)
-    assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
-
+        accelerator.print(f"{plan.output} is complete (--rerun trains it again)")
+        return
+    accelerator.print(f"value model of {name}: {folder} until it is complete, then {plan.output}")
     if spec.bf16 and not vt.bf16_is_fast(device):
         spec = dataclasses.replace(spec, bf16=False)
         accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
-    wanted, name = args.wandb and accelerator.is_main_process, f"value_{output.parent.name}_{objective.name}"
-    with Tracker(wanted, "train_value_model", name, settings) as tracker:
+    with vt.discarded_unless_begun(folder, main_process=main_process):
+        model, tokenizer, training, validation = prepare(args, config, dataset, plan, device, accelerator.print)
+        start_seconds = start_head(model, training, spec, folder, plan.init, device, accelerator.print)
+
+    title = f"value_{plan.output.parent.name}_{name}"
+    with Tracker(args.wandb and main_process, "train_value_model", title, settings) as tracker:
         metrics = vt.train(model, training, validation, spec, folder, accelerator=accelerator, device=device,
                            say=accelerator.print, log=tracker.log)  # fmt: skip
-        if accelerator.is_main_process:
+        if main_process:
             known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
-            record = {"objective": objective.name, "label": config.label, "vocabulary": known,
+            record = {"objective": name, "label": config.label, "vocabulary": known,
                       "pooling": config.value_model.pooling, "start_seconds": start_seconds, **metrics}  # fmt: skip
             vt.save_adapter(model, folder, record)
-            vt.publish(folder, output)
+            vt.publish(folder, plan.output)
         tracker.summary(metrics)
     fit = metrics["validation"]
     accelerator.print(
-        f"{output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "
+        f"{plan.output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "
         f"within a prompt {fit['explained_variance_within_prompt']:.3f} (correlation "
         f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
-    return 0
+
+
+def prepare(args, config: Config, dataset: DatasetSpec, plan: Plan, device, say):
+    """(the value model to train, the reference's tokenizer, training examples, validation examples)."""
+    import itertools
+
+    from utils import value_training as vt
+    from utils.hdf5_utils import read_trees
+    from utils.models import load_tokenizer, new_value_model, resolved_config, vocabulary_size
+
+    spec = plan.spec
+    reference, made_by = reference_path(config, dataset)
+    tokenizer = load_tokenizer(reference, made_by=made_by)
+    vocab_size = resolved_config(reference).get_text_config().vocab_size
+
+    def examples(split, choose, limit=None):
+        trees = itertools.islice(read_trees(plan.data_dir, split), limit)
+        return vt.make_examples(trees, plan.objective.name, choose, kl_penalty=args.KL_penalty,
+                                log_ratio=args.log_ratio, vocab_size=vocab_size, data_dir=plan.data_dir)  # fmt: skip
+
+    training = examples("train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
+    validation = examples("val", vt.validation_nodes)
+    nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
+    say(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
+    model = new_value_model(config, tokenizer, vocab_size, device, plan.init, seed=spec.seed)
+    assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
+    return model, tokenizer, training, validation
+
+
+def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | None, device, say) -> float:
+    """Give a training that has not begun the head that it starts from; returns the seconds that it took."""
+    import time
+
+    from utils import value_training as vt
+
+    began = time.perf_counter()
+    if not (folder / vt.STATE).is_file():
+        if spec.head_start == "ridge":
+            ridge = vt.start_at_ridge(model, training, bf16=spec.bf16, device=device)
+            say(f"head: ridge regression on the untrained states, penalty {ridge:g}")
+        elif not init:
+            vt.start_at_mean(model, training, packing=spec.packing, device=device)
+    return round(time.perf_counter() - began, 2)
 
 
 if __name__ == "__main__":

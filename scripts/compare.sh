@@ -40,25 +40,8 @@ EVAL=("${DATA[@]}" "${WORLD[@]}" ${NUM_PROMPTS:+--num_prompts "$NUM_PROMPTS"} ${
 
 has() { [[ " $METHODS " == *" $1 "* ]]; }
 
-# The data set's objectives in their order, and the name that Finetuning/ scripts have for it.
-read -r EXP_TYPE OBJECTIVES <<< "$(python - "$DATASET" "${WORLD[@]}" <<'PYTHON'
-import sys
-from argparse import ArgumentParser
-
-sys.path.insert(0, ".")
-from utils import cli
-
-
-def main():
-    parser = ArgumentParser()
-    cli.add_common(parser)
-    spec = cli.config_from(parser.parse_known_args(sys.argv[2:])[0]).dataset(sys.argv[1])
-    print(spec.exp_type, *spec.objectives)
-
-
-sys.exit(cli.run(main))
-PYTHON
-)"
+# The name that Finetuning/ scripts have for the data set, and its objectives in their order.
+read -r EXP_TYPE OBJECTIVES <<< "$(objectives_of "$DATASET" "${WORLD[@]}")"
 [ -n "$OBJECTIVES" ] || exit 2
 if [ -z "${PAIRS:-}" ]; then
   read -r -a names <<< "$OBJECTIVES"

@@ -36,7 +36,12 @@ stage() {
 }
 
 # workspace_of ARGUMENTS...: the workspace that a stage with these arguments works in.
-workspace_of() {
+workspace_of() { of_config workspace "$@"; }
+
+# objectives_of DATASET ARGUMENTS...: its name for Finetuning/ scripts, and its objectives in their order.
+objectives_of() { of_config "$@"; }
+
+of_config() {  # workspace|DATASET ARGUMENTS...: what the configuration that these arguments name says of it
   python - "$@" <<'PYTHON'
 import sys
 from argparse import ArgumentParser
@@ -44,8 +49,18 @@ from argparse import ArgumentParser
 sys.path.insert(0, ".")
 from utils import cli
 
-parser = ArgumentParser()
-cli.add_common(parser)
-sys.exit(cli.run(lambda: print(cli.config_from(parser.parse_known_args(sys.argv[1:])[0]).workspace)))
+
+def main():
+    parser = ArgumentParser()
+    cli.add_common(parser)
+    config, what = cli.config_from(parser.parse_known_args(sys.argv[2:])[0]), sys.argv[1]
+    if what == "workspace":
+        print(config.workspace)
+    else:
+        spec = config.dataset(what)
+        print(spec.exp_type, *spec.objectives)
+
+
+sys.exit(cli.run(main))
 PYTHON
 }

@@ -229,11 +229,14 @@ def test_a_front_is_evenly_spaced_and_its_weights_are_those_that_are_typed():
     ]
     assert parse_front("humor,help", 3, names) == [{"help": 1.0}, {"help": 0.5, "humor": 0.5}, {"humor": 1.0}]
     assert list(parse_front("humor,help", 3, names)[1]) == ["help", "humor"]  # the data set's order
+    assert parse_front("all", 3, names) == [
+        parse_weights(text, names) for text in ("0,1", "0.5,0.5", "1", "0,0,1", "0.5,,0.5", ",0.5,0.5")
+    ], "every pair, a shared end once"
     for points in range(2, 60):
         assert all(abs(sum(w.values()) - 1) < 1e-12 for w in parse_front("harm,humor", points, names))
     for text, points, said in (
         ("help,ham", 6, "unknown objective 'ham'; did you mean 'harm'?"),
-        ("help", 6, "must name two different objectives of help,harm,humor"),
+        ("help", 6, "must name two different objectives of help,harm,humor, or all"),
         ("help,help", 6, "two different"),
         ("help,harm,humor", 6, "two different"),
         ("help,harm", 1, "--points must be at least 2"),
@@ -584,6 +587,26 @@ def test_a_front_script_runs_the_front_the_reference_and_the_report(tmp_path, sc
     for command in commands:
         name, *argv = command.split()
         importlib.import_module(name.removesuffix(".py")).build_parser().parse_args(argv)
+
+
+def test_all_pairs_are_one_command_with_the_tables_that_are_there(tmp_path):
+    tables = tmp_path / "ws" / "token_tables"
+    tables.mkdir(parents=True)
+    for objective in ("help", "harm", "humor"):
+        (tables / f"{objective}.safetensors").touch()
+    world = f"--config tiny --workspace {tmp_path}/ws"
+    code, commands, _ = stages(tmp_path, "anthropic/get_pareto_fronts.sh", "0", "4", *world.split())
+    data, logs = f"--dataset anthropic {world}", f"{tmp_path}/ws"
+    assert code == 0 and commands == [
+        f"mavis.py --front all --points 6 --value_model_iter 0 --beta 4 {data}",
+        f"baseline_eval.py --token_table --front all --points 6 --beta 4 {data}",
+        f"baseline_eval.py {data}",
+        f"pareto_report.py {logs}/mavis_logs/anthropic {logs}/baseline_logs/anthropic "
+        f"--output_dir {logs}/report/anthropic_all",
+    ]
+    (tables / "humor.safetensors").unlink()
+    code, commands, _ = stages(tmp_path / "again", "anthropic/get_pareto_fronts.sh", "0", "4", *world.split())
+    assert code == 0 and len(commands) == 3, "a table of each objective is needed"
 
 
 def test_a_front_script_stops_at_the_first_failure_and_says_its_usage(tmp_path):

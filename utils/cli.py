@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -128,17 +129,23 @@ def overridden(spec, args: Namespace, prefix: str = "", problem: Callable[[str, 
 def parse_front(text: str, points: int, objectives: Sequence[str]) -> list[dict[str, float]]:
     """`help,harm` to weights that are evenly spaced between the two, the first one's from 0 to 1; zeros are left out.
 
+    `all` is every pair of the objectives, one after the other; a point that two pairs share is named once.
+
     Raises:
         UsageError: not two objectives of the data set, or fewer than two points.
     """
+    if points < 2:
+        raise UsageError(f"--points must be at least 2, the ends of the front, got {points}")
+    if text.strip() == "all":
+        pairs = [f"{a},{b}" for a, b in itertools.combinations(objectives, 2)]
+        found = [point for pair in pairs for point in parse_front(pair, points, objectives)]
+        return [point for i, point in enumerate(found) if point not in found[:i]]
     names = [n.strip() for n in text.split(",")]
     for name in names:
         if name not in objectives:
-            raise UsageError(f"--front {text!r}: unknown objective {name!r}; {nearest(name, objectives)}")
+            raise UsageError(f"--front {text!r}: unknown objective {name!r}; {nearest(name, ['all', *objectives])}")
     if len(names) != 2 or names[0] == names[1]:
-        raise UsageError(f"--front {text!r} must name two different objectives of {','.join(objectives)}")
-    if points < 2:
-        raise UsageError(f"--points must be at least 2, the ends of the front, got {points}")
+        raise UsageError(f"--front {text!r} must name two different objectives of {','.join(objectives)}, or all")
     steps = points - 1
     pairs = [dict(zip(names, (i / steps, (steps - i) / steps), strict=True)) for i in range(points)]
     return [{name: pair[name] for name in objectives if pair.get(name)} for pair in pairs]

@@ -250,9 +250,15 @@ def sample_answers(
     return [c.token_ids for c in completions]
 
 
+def length_of(answer: Answer) -> tuple[int, int]:
+    """What passes are sorted by, so that they have little padding; sums over tokens do not depend on the order."""
+    return len(answer.prompt), len(answer.response)
+
+
 @torch.no_grad()
 def read_answers(policy: PolicyWithValue, answers: Sequence[Answer], batch_size: int) -> None:
     """Fill in log-probabilities, the reference's, and values, as they are before the update."""
+    answers = sorted(answers, key=length_of)
     for start in range(0, len(answers), batch_size):
         part = answers[start : start + batch_size]
         texts = lay_out([a.prompt for a in part], [a.response for a in part], policy.device)
@@ -306,8 +312,9 @@ def add_gradients(
 ) -> dict[str, float]:
     """Add the gradients of the losses over some answers, each token counting 1 / tokens; returns the losses' parts."""
     parts = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl", "ratio_error"), 0.0)
+    rows = sorted(rows, key=lambda i: length_of(answers[i]))
     for start in range(0, len(rows), spec.micro_batch_size):
-        part = list(rows[start : start + spec.micro_batch_size])
+        part = rows[start : start + spec.micro_batch_size]
         texts = lay_out([answers[i].prompt for i in part], [answers[i].response for i in part], policy.device)
         log_probs, values = policy(texts)
         width = texts.mask.shape[1]

@@ -36,9 +36,10 @@ def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True) -
     task.add_argument(
         "--front",
         metavar="A,B",
-        help="instead of --obj_weights: points that are evenly spaced between two objectives, e.g. help,harm",
+        help="instead of --obj_weights: points that are evenly spaced between two objectives, e.g. help,harm; all: of "
+        "every pair of the data set's",
     )
-    task.add_argument("--points", type=int, help="points of --front, both ends included (default: 6)")
+    task.add_argument("--points", type=int, help="points of each --front, both ends included (default: 6)")
     task.add_argument("--data_split", default="test", help="split whose prompts are answered (default: test)")
     task.add_argument("--num_prompts", type=int, help="number of prompts (default: the configuration's)")
     task.add_argument("--start_index", type=int, default=0, help="index of the first prompt (default: 0)")
