@@ -27,9 +27,7 @@ stage "reward model" python Finetuning/RM/train_reward_model.py --objective humo
 stage "trees" python get_data_base.py 0 300 "${DATA[@]}" "${WORLD[@]}"
 stage "labels" python label_tree.py "$TREES" all "${DATA[@]}" "${WORLD[@]}"
 stage "split" python split_data.py "$TREES" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
-for objective in help harm; do
-  stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
-done
+stage "value models" python train_value_model.py --objective help,harm --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
 stage "token tables" python fit_token_table.py "$TRAINING" help,harm "${DATA[@]}" "${WORLD[@]}"
 
 stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}"

@@ -22,6 +22,4 @@ stage "trees" python get_data_base.py 0 "$NUM" "${DATA[@]}"
 stage "labels" python label_tree.py "$TREES" all "${DATA[@]}"
 stage "check" python label_tree.py "$TREES" all --check_trees "${DATA[@]}"
 stage "split" python split_data.py "$TREES" ${NUM_VAL:+--num_val "$NUM_VAL"} --output_dir "$TRAINING" "${DATA[@]}"
-for objective in $OBJECTIVES; do
-  stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" "${DATA[@]}"
-done
+stage "value models" python train_value_model.py --objective "${OBJECTIVES// /,}" --data_dir "$TRAINING" "${DATA[@]}"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from tests.models_for_tests import CONFIGS, VOCAB, value_model
 from utils import value_training as vt
 from utils.cli import DataError, UsageError
 from utils.config import LoraSpec, TrainingSpec
-from utils.hdf5_utils import consolidate, write_structure, write_tree
+from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tree
 from utils.trees import Tree, back_up
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
@@ -563,6 +564,25 @@ def test_rerun_trains_again_and_gives_the_same_bytes(world, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["help"]
     assert train_value_model.main(command(world, "--output_dir", str(out), "--rerun", "--seed", "1")) == 0
     assert (out / "adapter_model.safetensors").read_bytes() != first
+
+
+def test_several_objectives_are_trained_in_turn_each_as_alone(world, value_model_of_help, tmp_path, capsys):
+    data = tmp_path / "trees"
+    for split in ("train", "val"):
+        for tree in read_trees(world / "trees", split):
+            write_structure(
+                data / split / f"prompt{tree.prompt_index}_tree.json", tree.labelled("harm", -tree.values["help"])
+            )
+    shutil.copy(world / "trees" / "all_tokens.hdf5", data)
+    arguments = ["--data_dir", str(data), "--workspace", str(tmp_path)]
+    world_of_base = [*command(world, *arguments, objective="all")]
+    (tmp_path / "base").symlink_to(world / "base")
+    assert train_value_model.main(world_of_base) == 0
+    made = tmp_path / "value_models" / "iter_0"
+    same = [(folder / "adapter_model.safetensors").read_bytes() for folder in (made / "help", value_model_of_help)]
+    assert same[0] == same[1] != (made / "harm" / "adapter_model.safetensors").read_bytes()
+    assert json.loads((made / "harm" / "metrics.json").read_text())["objective"] == "harm"
+    assert train_value_model.main(world_of_base) == 0 and capsys.readouterr().out.count("is complete (--rerun") == 2
 
 
 def test_a_killed_script_leaves_no_folder_and_the_same_command_completes_it(world, tmp_path, monkeypatch):

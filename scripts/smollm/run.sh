@@ -39,9 +39,7 @@ stage "judges" python fit_judges.py "${DATA[@]}" "${WORLD[@]}"
 stage "trees" python get_data_base.py 0 "$PROMPTS" "${DATA[@]}" "${WORLD[@]}"
 stage "labels" python label_tree.py "$TREES" all --bf16 "${DATA[@]}" "${WORLD[@]}"
 stage "split" python split_data.py "$TREES" --num_val "$VAL" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
-for objective in help harm humor relevance; do
-  stage "value model $objective" python train_value_model.py --objective "$objective" --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
-done
+stage "value models" python train_value_model.py --objective all --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
 stage "token tables" python fit_token_table.py "$TRAINING" all "${DATA[@]}" "${WORLD[@]}"
 
 report() {  # OBJECTIVES FOLDER
