@@ -3,11 +3,16 @@
 
     python benchmarks/value_models.py --config smollm --layers 8 12 16 20 --trees 50 100 200 400 \
         --output benchmarks/results/value_models_smollm.json
+    python benchmarks/value_models.py --config smollm --layers 12 --shapes trees/wide trees/deep --tokens 20000 40000 \
+        --output benchmarks/results/tree_shapes_smollm.json
 
 One pass over labelled trees reads every node with the untrained base; each row is then a ridge regression of the node
 values on the states of one layer, of the last token or averaged over the response, as `--head_start ridge` fits it.
 Reported on the inner nodes of the validation trees: correlation and explained variance within a prompt, over all depths
 and at the root's children, where most is decided. The last row of each objective is the context-free token table.
+
+--shapes compares trees of other shapes as training data, at equal numbers of generated tokens: each folder's first trees
+until it has --tokens, but for the validation trees' prompts; all are judged on the same validation trees.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--data_dir", type=Path, help="labelled trees, split (default: the workspace's iteration 0)")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16], help="first N layers of the base")
     parser.add_argument("--trees", type=int, nargs="+", default=[50, 100, 200], help="numbers of training trees")
+    parser.add_argument("--shapes", type=Path, nargs="+", default=[], help="folders of labelled trees of other shapes")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[20000, 40000], help="generated tokens of each shape")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     cli.add_common(parser)
     return parser
@@ -48,16 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     from utils.models import pick_device
 
     trees = {split: list(read_trees(data_dir, split)) for split in ("train", "val")}
-    states = read_states(config, dataset, [*trees["train"], *trees["val"]], args.layers, pick_device(args.device))
-    split = np.repeat([False, True], [sum(len(t) - 1 for t in trees[s]) for s in ("train", "val")])
-    rows = []
-    for objective in dataset.objectives:
-        for layers in args.layers:
-            for pooling in ("last", "mean"):
-                rows += curve(
-                    states, states[layers, pooling], objective, split, args.trees, layers=layers, pooling=pooling
-                )
-        rows += table_rows(trees, objective, args.trees)
+    device = pick_device(args.device)
+    if args.shapes:
+        rows = shape_rows(config, dataset, trees, args.shapes, args.tokens, args.layers[0], device)
+    else:
+        states = read_states(config, dataset, [*trees["train"], *trees["val"]], args.layers, device)
+        split = np.repeat([False, True], [sum(len(t) - 1 for t in trees[s]) for s in ("train", "val")])
+        rows = []
+        for objective in dataset.objectives:
+            for layers in args.layers:
+                for pooling in ("last", "mean"):
+                    x, what = states[layers, pooling], {"layers": layers, "pooling": pooling}
+                    rows += curve(states, x, objective, split, args.trees, **what)
+            rows += table_rows(trees, objective, args.trees)
     record = {
         "rows": rows,
         "label": config.label,
@@ -70,6 +80,41 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def shape_of(tree) -> str:
+    """`4-2-2`: the most children of a node at each depth."""
+    import numpy as np
+
+    children = np.bincount(tree.parent[1:], minlength=len(tree))
+    return "-".join(str(children[tree.depth == d].max()) for d in range(tree.depth.max()))
+
+
+def shape_rows(config, dataset, trees, folders: list[Path], budgets: list[int], layers: int, device) -> list[dict]:
+    """A row per objective, folder and budget; the data set's own training trees are the first folder."""
+    import numpy as np
+
+    from utils.hdf5_utils import read_trees
+
+    held_out = {t.prompt_index for t in trees["val"]}
+    sources = {"": trees["train"]} | {str(f): list(read_trees(f)) for f in folders}
+    rows = []
+    for source, found in sources.items():
+        found = [t for t in found if t.prompt_index not in held_out]
+        tokens = np.cumsum([sum(len(x) for x in t.tokens[1:]) for t in found])
+        numbers = {int(np.searchsorted(tokens, budget)) + 1: budget for budget in budgets if tokens[-1] >= budget}
+        if not numbers:
+            print(f"{source or 'training trees'}: only {tokens[-1]} tokens; left out")
+            continue
+        found = found[: max(numbers)]
+        shape = max((shape_of(t) for t in found), key=[shape_of(t) for t in found].count)
+        states = read_states(config, dataset, [*found, *trees["val"]], [layers], device)
+        split = np.repeat([False, True], [sum(len(t) - 1 for t in s) for s in (found, trees["val"])])
+        for objective in dataset.objectives:
+            for row in curve(states, states[layers, "mean"], objective, split, list(numbers), layers=layers,
+                             pooling="mean"):  # fmt: skip
+                rows.append(row | {"shape": shape, "tokens": numbers[row["trees"]]})
+    return sorted(rows, key=lambda r: (dataset.objectives.index(r["objective"]), r["tokens"], r["shape"]))
 
 
 def read_states(config, dataset, trees, layers: list[int], device) -> dict:
@@ -170,11 +215,14 @@ def table_rows(trees, objective: str, numbers: list[int]) -> list[dict]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    print(f"{'objective':<14} {'layers':>6} {'pooling':<12} {'trees':>5} {'corr.':>7} {'explained':>9} {'depth 1':>8}")
+    print(
+        f"{'objective':<14} {'layers':>6} {'pooling':<12} {'trees':>5} {'corr.':>7} {'explained':>9} {'depth 1':>8}  shape"
+    )
     for r in rows:
         print(
             f"{r['objective']:<14} {r['layers'] or '':>6} {r['pooling']:<12} {r['trees']:>5} "
-            f"{r['correlation']:>7.3f} {r['explained']:>9.3f} {r['correlation_depth_1']:>8.3f}"
+            f"{r['correlation']:>7.3f} {r['explained']:>9.3f} {r['correlation_depth_1']:>8.3f}  "
+            + (f"{r['shape']}, {r['tokens']} tokens" if "shape" in r else "")
         )
 
 
