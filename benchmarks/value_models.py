@@ -11,8 +11,8 @@ values on the states of one layer, of the last token or averaged over the respon
 Reported on the inner nodes of the validation trees: correlation and explained variance within a prompt, over all depths
 and at the root's children, where most is decided. The last row of each objective is the context-free token table.
 
---shapes compares trees of other shapes as training data, at equal numbers of generated tokens: each folder's first trees
-until it has --tokens, but for the validation trees' prompts; all are judged on the same validation trees.
+--shapes compares trees of other shapes as training data, at equal numbers of generated tokens: each folder's first
+trees until it has --tokens, but for the validation trees' prompts; all are judged on the same validation trees.
 """
 
 from __future__ import annotations
@@ -215,9 +215,8 @@ def table_rows(trees, objective: str, numbers: list[int]) -> list[dict]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    print(
-        f"{'objective':<14} {'layers':>6} {'pooling':<12} {'trees':>5} {'corr.':>7} {'explained':>9} {'depth 1':>8}  shape"
-    )
+    head = f"{'objective':<14} {'layers':>6} {'pooling':<12} {'trees':>5}"
+    print(f"{head} {'corr.':>7} {'explained':>9} {'depth 1':>8}  shape")
     for r in rows:
         print(
             f"{r['objective']:<14} {r['layers'] or '':>6} {r['pooling']:<12} {r['trees']:>5} "
