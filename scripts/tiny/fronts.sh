@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 export WORKSPACE=${WORKSPACE:-workspaces/tiny} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bash scripts/quickstart.sh
 . scripts/env.sh
-LOG=$WORKSPACE/run.log
+export LOG=$WORKSPACE/run.log
 WORLD=(--config tiny --workspace "$WORKSPACE")
 SFT=$WORKSPACE/sft_lora
 
