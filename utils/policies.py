@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
@@ -42,8 +41,7 @@ class Snapshot:
     kv: list[Tensor | None]  # per model (2, layers, heads, length, head size)
     p_ref: Tensor  # (k,)
     token_ids: Tensor  # (k,)
-    table: Tensor | None = None  # (V,) values of tokens after this prompt, where a policy has such
-    response: Tensor | None = None  # (M + 1,) see `MavisPolicy.response`
+    extras: dict[str, Tensor]  # what else a policy keeps of a row, see `_Policy.extras`
 
 
 # --------------------------------------------------------------------------------------------------------- attention
@@ -217,7 +215,7 @@ class CachedModel:
             self.backbone = getattr(model, model.base_model_prefix)
 
     def read(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        """Read (B, q) tokens; returns each head's output (heads, B, q), or logits (B, V) after the last token."""
+        """Read (B, q) tokens; returns a value model's states (B, q, H), or logits (B, V) after the last token."""
         config = self.model.config
         attention = config._attn_implementation if hasattr(config, "_attn_implementation") else None
         if attention == "sdpa":
@@ -227,12 +225,15 @@ class CachedModel:
                 input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
             )
             if self.heads is not None:
-                hidden = self.backbone(**inputs).last_hidden_state
-                return torch.stack([head(hidden).squeeze(-1) for head in self.heads])
+                return self.backbone(**inputs).last_hidden_state
             return self.model(**inputs, logits_to_keep=1).logits[:, -1]
         finally:
             if attention == "sdpa":
                 config._attn_implementation = attention
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Each head's output (heads, B, q) at states (B, q, H)."""
+        return torch.stack([head(hidden).squeeze(-1) for head in self.heads])
 
 
 class AdapterOf(nn.Module):
@@ -308,7 +309,9 @@ class _Policy:
         """Start with that many empty rows."""
         self.layout = Layout(rows, self.device)
         self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
-        self.p_ref = self.token_ids = self.tables_of_rows = self.response = self.scores = None
+        self.p_ref = self.token_ids = None
+        # What a policy keeps of each row besides, {name: (B, ...)}: it is forked, loaded, saved and taken with the row.
+        self.extras: dict[str, Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -338,24 +341,22 @@ class _Policy:
         own = torch.eye(longest, dtype=torch.bool, device=self.device)  # padding sees itself, lest its softmax be nan
         allowed = (causal & valid[:, None, :]) | own
 
-        logits, scores, kv = [], [], []
+        outputs, kv = [], []
         for reader in self.readers:
             cache = SlotCache(Layout(n, self.device), reader.num_layers)
-            out = reader.read(tokens, positions, _additive(allowed, reader.dtype), cache)
-            (logits if reader.heads is None else scores).append(out)
+            outputs.append(reader.read(tokens, positions, _additive(allowed, reader.dtype), cache))
             kv.append(cache.store)
-        p_ref, token_ids = self._candidates(logits, forbidden)
+        p_ref, token_ids = self._candidates(outputs[: len(self.languages)], forbidden)
         starts = [len(p) for p in prompts] if response_starts is None else response_starts
         begun = valid & (positions >= torch.as_tensor(starts, device=self.device)[:, None])
-        response = self._response_of(scores, begun)
+        extras = self._extras_of(prompts, outputs[len(self.languages) :], begun)
         return [
             Snapshot(
                 len(prompt),
                 [None if s is None else s[:, :, i, :, longest - len(prompt) : longest] for s in kv],
                 p_ref[i],
                 token_ids[i],
-                self._table_of(prompt),
-                None if response is None else response[i],
+                {name: tensor[i] for name, tensor in extras.items()},
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -371,10 +372,7 @@ class _Policy:
             k = len(snapshots[0].p_ref)
             self.p_ref = snapshots[0].p_ref.new_full((self.rows, k), 1.0 / k)
             self.token_ids = snapshots[0].token_ids.new_zeros(self.rows, k)
-            if snapshots[0].table is not None:
-                self.tables_of_rows = snapshots[0].table.new_zeros(self.rows, len(snapshots[0].table))
-            if snapshots[0].response is not None:
-                self.response = snapshots[0].response.new_zeros(self.rows, len(snapshots[0].response))
+            self.extras = {name: x.new_zeros(self.rows, *x.shape) for name, x in snapshots[0].extras.items()}
         for row, snapshot in zip(rows, snapshots, strict=True):
             start = stop - snapshot.length
             layout.valid[row] = False
@@ -388,10 +386,8 @@ class _Policy:
         layout.length[index] = torch.as_tensor([s.length for s in snapshots], device=self.device)
         self.p_ref[index] = torch.stack([s.p_ref for s in snapshots])
         self.token_ids[index] = torch.stack([s.token_ids for s in snapshots])
-        if self.tables_of_rows is not None:
-            self.tables_of_rows[index] = torch.stack([s.table for s in snapshots])
-        if self.response is not None:
-            self.response[index] = torch.stack([s.response for s in snapshots])
+        for name in snapshots[0].extras:
+            self.extras[name][index] = torch.stack([s.extras[name] for s in snapshots])
 
     @torch.inference_mode()
     def save(self, rows: Sequence[int]) -> list[Snapshot]:
@@ -400,10 +396,9 @@ class _Policy:
         for row in rows:
             columns = self.layout.valid[row, : self.layout.width].nonzero().squeeze(-1)
             kv = [None if c.store is None else c.store[:, :, row].index_select(3, columns) for c in self.caches]
-            table = None if self.tables_of_rows is None else self.tables_of_rows[row].clone()
-            response = None if self.response is None else self.response[row].clone()
+            extras = {name: tensor[row].clone() for name, tensor in self.extras.items()}
             p_ref, token_ids = self.p_ref[row].clone(), self.token_ids[row].clone()
-            snapshots.append(Snapshot(self.layout.lengths[row], kv, p_ref, token_ids, table, response))
+            snapshots.append(Snapshot(self.layout.lengths[row], kv, p_ref, token_ids, extras))
         return snapshots
 
     def release(self, rows: Sequence[int]) -> None:
@@ -428,12 +423,8 @@ class _Policy:
             k = self.p_ref.shape[-1]
             self.p_ref = torch.cat([self.p_ref[index], self.p_ref.new_full((empty, k), 1.0 / k)])
             self.token_ids = torch.cat([self.token_ids[index], self.token_ids.new_zeros(empty, k)])
-        if self.tables_of_rows is not None:
-            self.tables_of_rows = nn.functional.pad(self.tables_of_rows[index], (0, 0, 0, empty))
-        if self.response is not None:
-            self.response = nn.functional.pad(self.response[index], (0, 0, 0, empty))
-            if self.scores is not None:
-                self.scores = nn.functional.pad(self.scores[:, index], (0, 0, 0, empty))
+        for name, tensor in self.extras.items():
+            self.extras[name] = torch.cat([tensor[index], tensor.new_zeros(empty, *tensor.shape[1:])])
 
     def _compact(self) -> None:
         """Drop columns that no row needs, once they are a good part of the buffer."""
@@ -461,18 +452,19 @@ class _Policy:
         """The u (B, k) that tilts the candidates, or None."""
         return None
 
-    def _table_of(self, prompt: Sequence[int]) -> Tensor | None:
-        """A prompt's own table of token values (V,), or None."""
-        return None
-
-    def _response_of(self, scores: Sequence[Tensor], begun: Tensor) -> Tensor | None:
-        """What is kept of the responses that were read: see `MavisPolicy.response`.
+    def _extras_of(
+        self, prompts: Sequence[Sequence[int]], states: Sequence[Tensor], begun: Tensor
+    ) -> dict[str, Tensor]:
+        """The extras of rows that have read these texts, {name: (B, ...)}.
 
         Args:
-            scores: of each value reader, (heads, B, q).
+            states: of each value reader, (B, q, H); the texts end in the last column.
             begun: (B, q), which tokens are the response's.
         """
-        return None
+        return {}
+
+    def _choose(self, choice: Tensor, tokens: Tensor) -> None:
+        """What follows for the values from the candidates of index choice (B,), the tokens (B, 1), being taken."""
 
     @torch.inference_mode()
     def distribution(self) -> Step:
@@ -490,11 +482,7 @@ class _Policy:
         """Every row takes the candidate of index choice (B,); the language models read it."""
         tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
         layout = self.layout
-        if self.response is not None:
-            chosen = self.scores[:, torch.arange(len(choice), device=choice.device), choice]  # (M, B)
-            self.response += nn.functional.pad(chosen.T, (0, 1), value=1.0)
-        for cache in self.caches[len(self.languages) :]:
-            cache.commit(choice)
+        self._choose(choice, tokens)
         positions = layout.length.unsqueeze(1)
         logits, masks = [], {}
         for reader, cache in zip(self.languages, self.caches, strict=False):
@@ -602,7 +590,8 @@ class MavisPolicy(_TiltedPolicy):
         clip: with "none", beta * value is at most this (v1: 6); None does not clip (v3).
 
     A value model whose configuration says `value_pooling: mean` values a text by the mean of its head over the
-    response's tokens; `response` (B, M + 1) keeps each row's sums over the response so far, and its length.
+    response's tokens: extras["response"] (B, M + 1) keeps each row's sums over the response so far, and its length, and
+    extras["scores"] (B, M, k), within a step, the heads' outputs at the candidates.
     """
 
     def __init__(
@@ -627,38 +616,103 @@ class MavisPolicy(_TiltedPolicy):
         for i, model in enumerate(models):
             shared.setdefault(id(getattr(model, model.base_model_prefix)), []).append(i)
         self.value_readers = [CachedModel(models[g[0]], [_head(models[i]) for i in g]) for g in shared.values()]
-        order = [i for group in shared.values() for i in group]
-        self._place = None if order == sorted(order) else torch.tensor(np.argsort(order), device=self.device)
+        self._order = [i for group in shared.values() for i in group]  # the objectives, as the readers have them
         pools = [pools_mean(m) for m in models]
-        self._pools = torch.tensor(pools, device=self.device)[:, None, None] if any(pools) else None
+        self._pools = torch.tensor(pools, device=self.device)[:, None] if any(pools) else None
 
-    def _response_of(self, scores: Sequence[Tensor], begun: Tensor) -> Tensor | None:
+    @property
+    def value_caches(self) -> list[SlotCache]:
+        return self.caches[len(self.languages) :]
+
+    def _extras_of(self, prompts, states, begun):
         if self._pools is None:
-            return None
-        sums = (self._in_order(scores) * begun).sum(-1)  # (M, B)
-        return torch.cat([sums.T, begun.sum(-1, keepdim=True).to(sums.dtype)], dim=1)
+            return {}
+        scores = self._scores(states)  # (B, M, q)
+        sums = (scores * begun[:, None]).sum(-1)
+        return {"response": torch.cat([sums, begun.sum(-1, keepdim=True).to(sums.dtype)], dim=1)}
+
+    def _scores(self, states: Sequence[Tensor]) -> Tensor:
+        """The heads' outputs at each reader's states (B, q, H), as (B, M, q) in the objectives' order."""
+        return self._in_order([reader.score(x) for reader, x in zip(self.value_readers, states, strict=True)])
 
     def _in_order(self, scores: Sequence[Tensor]) -> Tensor:
-        """The readers' outputs as one (M, B, q) tensor in the objectives' order, in float32 at least."""
-        stacked = scores[0] if len(scores) == 1 else torch.cat(list(scores))
-        stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
-        return stacked if self._place is None else stacked[self._place]
+        """Each reader's (heads, B, q) as one (B, M, q) in the objectives' order, in float32 at least."""
+        rows = {m: row for m, row in zip(self._order, (row for part in scores for row in part), strict=True)}
+        stacked = torch.stack([rows[m] for m in range(len(rows))], dim=1)
+        return stacked if stacked.dtype == torch.float64 else stacked.float()
+
+    def _read_values(self, tokens: Tensor) -> list[Tensor]:
+        """Each reader's states (B, q, H) of q tokens (B, q) that could all be the next one, behind the layout."""
+        q = tokens.shape[1]
+        positions = self.layout.length.unsqueeze(1).expand(-1, q)  # all candidates stand at the next position
+        masks: dict[torch.dtype, Tensor] = {}
+        states = []
+        for reader, cache in zip(self.value_readers, self.value_caches, strict=True):
+            if reader.dtype not in masks:
+                masks[reader.dtype] = self.layout.step_mask(q, reader.dtype)
+            states.append(reader.read(tokens, positions, masks[reader.dtype], cache))
+        return states
+
+    def _candidate_scores(self) -> Tensor:
+        """The heads' outputs (B, M, k), were each candidate the next token."""
+        return self._scores(self._read_values(self.token_ids))
 
     def _objective_values(self) -> Tensor:
-        k = self.token_ids.shape[1]
-        positions = self.layout.length.unsqueeze(1).expand(-1, k)  # all candidates stand at the next position
-        masks: dict[torch.dtype, Tensor] = {}
-        values = []
-        for reader, cache in zip(self.value_readers, self.caches[len(self.languages) :], strict=True):
-            if reader.dtype not in masks:
-                masks[reader.dtype] = self.layout.step_mask(k, reader.dtype)
-            values.append(reader.read(self.token_ids, positions, masks[reader.dtype], cache))
-        scores = self._in_order(values)  # (M, B, k)
-        if self._pools is None:
-            return scores
-        self.scores = scores
-        sums, count = self.response[:, :-1].T.unsqueeze(-1), self.response[:, -1:]  # (M, B, 1), (B, 1)
-        return torch.where(self._pools, (sums + scores) / (count + 1), scores)
+        scores = self._candidate_scores()
+        if self._pools is not None:
+            self.extras["scores"] = scores  # until `_choose`
+            sums, count = self.extras["response"][:, :-1, None], self.extras["response"][:, -1:, None]
+            scores = torch.where(self._pools, (sums + scores) / (count + 1), scores)
+        return scores.transpose(0, 1)  # (M, B, k)
+
+    def _choose(self, choice: Tensor, tokens: Tensor) -> None:
+        if self._pools is not None:
+            scores = self.extras.pop("scores")
+            self._add_to_response(scores.gather(2, choice[:, None, None].expand(-1, scores.shape[1], 1)))
+        for cache in self.value_caches:
+            cache.commit(choice)
+
+    def _add_to_response(self, scores: Tensor) -> None:
+        """Take the outputs (B, M, 1) at a new token of the response into its sums."""
+        self.extras["response"] += nn.functional.pad(scores[..., 0], (0, 1), value=1.0)
+
+
+class CandidatePolicy(MavisPolicy):
+    """MAVIS with candidate heads: from the state before them, values of all k candidates at once.
+
+    A candidate head (`candidates.CandidateHead`) predicts what the value model's own head would say at each candidate,
+    so that the value model reads one token a step and not k. Of the tokens that were taken, the value model's own
+    outputs count.
+
+    Args:
+        candidate_heads: {objective: CandidateHead}, or a sequence of them, like `value_models`.
+        (the others as in `MavisPolicy`)
+    """
+
+    def __init__(self, reference, value_models, candidate_heads, weights, **options):
+        super().__init__(reference, value_models, weights, **options)
+        heads, _ = _aligned(candidate_heads, weights, "candidate head")
+        groups = iter(self._order)
+        self.candidate_heads = [[heads[next(groups)] for _ in reader.heads] for reader in self.value_readers]
+
+    def _extras_of(self, prompts, states, begun):
+        ends = {f"state {i}": x[:, -1] for i, x in enumerate(states)}  # (B, H) each
+        return super()._extras_of(prompts, states, begun) | ends
+
+    def _candidate_scores(self) -> Tensor:
+        return self._in_order(
+            [
+                torch.stack([head(self.extras[f"state {i}"], self.token_ids) for head in heads])
+                for i, heads in enumerate(self.candidate_heads)
+            ]
+        )
+
+    def _choose(self, choice: Tensor, tokens: Tensor) -> None:
+        states = self._read_values(tokens)
+        if self._pools is not None:
+            self._add_to_response(self._scores(states))
+        for i, x in enumerate(states):
+            self.extras[f"state {i}"] = x[:, 0]
 
 
 class TokenTablePolicy(_TiltedPolicy):
@@ -712,12 +766,13 @@ class PromptTablePolicy(_TiltedPolicy):
         )
         self.table_of = table_of
 
-    def _table_of(self, prompt: Sequence[int]) -> Tensor:
+    def _extras_of(self, prompts, states, begun):
         dtype = torch.float64 if self.languages[0].dtype == torch.float64 else torch.float32
-        return torch.as_tensor(self.table_of(prompt), dtype=dtype, device=self.device)
+        tables = [torch.as_tensor(self.table_of(p), dtype=dtype, device=self.device) for p in prompts]
+        return {"table": torch.stack(tables)}
 
     def _objective_values(self) -> Tensor:
-        return self.tables_of_rows.gather(1, self.token_ids).unsqueeze(0)  # (1, B, k)
+        return self.extras["table"].gather(1, self.token_ids).unsqueeze(0)  # (1, B, k)
 
 
 def _aligned(things, weights, what: str) -> tuple[list, list[float]]:
