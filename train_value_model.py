@@ -222,7 +222,9 @@ def main(argv=None) -> int:
         began = time.perf_counter()
         if not (folder / vt.STATE).is_file():
             if spec.head_start == "ridge":
-                ridge = vt.start_at_ridge(model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device)
+                ridge = vt.start_at_ridge(
+                    model, training, bf16=spec.bf16 and vt.bf16_is_fast(device), device=device, accelerator=accelerator
+                )
                 accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
             elif not init:
                 vt.start_at_mean(model, training, packing=spec.packing, device=device)

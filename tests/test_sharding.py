@@ -414,6 +414,7 @@ def test_an_evaluation_is_completed_by_any_number_of_processes(world, alone, tmp
         interrupt_after(m, utils.shared_evaluation, "write_atomically", 1)
         with pytest.raises(KeyboardInterrupt):
             main(argv)
+    next(script.workspace.glob("*/*/*/*/parts/0000000-*.jsonl")).unlink()  # as if the first part's process was killed
     copy = Script(world, tmp_path / "copy")
     shutil.copytree(script.workspace, copy.workspace, symlinks=True)
     with monkeypatch.context() as m:
@@ -427,6 +428,34 @@ def test_an_evaluation_is_completed_by_any_number_of_processes(world, alone, tmp
     swapped = [str(copy.workspace) if a == str(script.workspace) else a for a in argv]
     assert main(swapped) == 0  # one process, from the same remainders
     assert outputs(copy) == expected
+
+
+def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
+    """In float64; unrounded, half of these log-ratios differ in their last bits."""
+    from tests.models_for_tests import causal_lm
+    from utils.decoding import LOG_RATIO_DECIMALS
+    from utils.evaluation import pick, sampler
+    from utils.growth import TreeShape, grow_trees
+    from utils.policies import ReferencePolicy
+
+    prompts = {i: [3 + i % 7] * (2 + i % 5) + [i % 50 + 3] for i in range(6)}
+    policy, part = ReferencePolicy(causal_lm("llama_grouped_tied"), top_k=8), [(i, 0) for i in range(6)]
+
+    def trees(batch_size):
+        shape, texts = TreeShape(3, 2, 3, 12), dict.fromkeys(prompts, "")
+        grown = grow_trees(policy, prompts, texts, shape, seed=0, eos_token_id=None, batch_size=batch_size)
+        return {t.prompt_index: t.log_ratio.tolist() for t in grown}
+
+    def rows(batch_size):
+        generate = sampler(policy, num_samples=1, max_new_tokens=12, eos_token_id=2, batch_size=batch_size)
+        candidates = generate(list(prompts.values()), part)
+        nothing = (dict.fromkeys(prompts, ""), lambda ids: "", lambda asked, texts: {}, {}, 0.0, True, {})
+        return pick(part, candidates, *nothing), [c[0].log_ratio for c in candidates]
+
+    assert trees(1) == trees(17)
+    (one, exact), (many, _) = rows(1), rows(17)
+    assert one == many and all("log_ratio" in row and "reference_log_prob" in row for row in one)
+    assert [row["log_ratio"] for row in one] == [round(x, LOG_RATIO_DECIMALS) for x in exact] != exact
 
 
 def test_complete_work_loads_nothing_and_is_not_repeated(world, tmp_path, monkeypatch, capsys):
