@@ -4,7 +4,8 @@
     python label_tree.py DIR <objective|all> --dataset anthropic
     python label_tree.py DIR <objective|all> --dataset anthropic --soft    # for soft values, iterations above 0
 
-Trees that have the values already are skipped, so that a killed run is completed by the same command.
+Trees that have the values already are skipped, so that a killed run is completed by the same command. Several
+processes (accelerate launch) share the trees; --soft values are then written by the first of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.places import reward_rows
+from utils.sharding import claims_of, forget, refuse_several, this_process
 
 
 def build_parser() -> ArgumentParser:
@@ -37,6 +39,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--relabel", action="store_true", help="score again what has values already")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per reward model's batch (default: 32)")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=32,
+        help="prompts whose trees are scored together, and what one of several processes takes at a time (default: 32)",
+    )
     parser.add_argument("--bf16", action=BooleanOptionalAction, default=False, help="run the reward models in bfloat16")
     cli.add_common(parser)
     return parser
@@ -47,8 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     objectives = cli.objectives_of(dataset, args.objective)
-    if args.batch_size < 1:
-        raise cli.UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
+    for flag in ("batch_size", "chunk"):
+        if getattr(args, flag) < 1:
+            raise cli.UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    process = this_process()
+    if args.relabel:
+        refuse_several("--relabel", "what has new values already cannot be told from what has old ones")
     if args.dry_run:
         trees = ("trees", args.data_dir, cli.found(str(args.data_dir), "get_data_base.py"))
         cli.report_dry_run([trees, *reward_rows(config, objectives)])
@@ -60,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             f"no trees in {args.data_dir}; make them with get_data_base.py ... --output_dir {args.data_dir}"
         )
     if args.check_trees:
-        return _check(args.data_dir, objectives, read_trees)
+        return 0 if not process.first else _check(args.data_dir, objectives, read_trees)
 
     from utils.labelling import label_softly, label_trees, variance_within
     from utils.models import load_tokenizer, pick_device
@@ -71,8 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16
     )
     tokenizer = load_tokenizer(config.sft_path(dataset))
-    with Tracker(args.wandb, "label_tree", settings={"data_dir": str(args.data_dir)}) as tracker:
-        labelled = sum(1 for _ in label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel))
+    claimed = args.data_dir / "claims" / f"labels-{'-'.join(objectives)}-{args.chunk}"
+    with Tracker(args.wandb and process.first, "label_tree", settings={"data_dir": str(args.data_dir)}) as tracker:
+        with claims_of(process, claimed) as claims:
+            options = {"chunk": args.chunk, "claims": claims, "wait": process.first}
+            own = label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel, **options)
+            labelled = sum(1 for _ in own)
+        if not process.first:
+            return 0
+        forget(claimed)
         trees = list(read_trees(args.data_dir))
         if args.soft:
             _report_soft(label_softly(args.data_dir, trees, args.log_ratio), args.log_ratio)
@@ -80,10 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         tracker.summary({"trees": len(trees), "labelled": labelled, "leaves": sum(len(t.leaves) for t in trees)})
         for name, (total, within) in spread.items():
             tracker.summary({name: {"standard_deviation": total**0.5, "share_within_prompt": within}})
-    print(
-        f"{labelled} trees labelled, {len(trees) - labelled} had their values; "
-        f"{sum(len(t.leaves) for t in trees)} leaves"
-    )
+    others = "had their values or got them from other processes" if process.several else "had their values"
+    print(f"{labelled} trees labelled, {len(trees) - labelled} {others}; {sum(len(t.leaves) for t in trees)} leaves")
     for name, (total, within) in spread.items():
         print(
             f"  {name}: standard deviation of the leaves {total**0.5:.3f}, "

@@ -240,7 +240,7 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerato
         accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
     with vt.discarded_unless_begun(folder, main_process=main_process):
         model, tokenizer, training, validation = prepare(args, config, dataset, plan, device, accelerator.print)
-        start_seconds = start_head(model, training, spec, folder, plan.init, device, accelerator.print)
+        start_seconds = start_head(model, training, spec, folder, plan.init, accelerator, device)
 
     title = f"value_{plan.output.parent.name}_{name}"
     with Tracker(args.wandb and main_process, "train_value_model", title, settings) as tracker:
@@ -289,7 +289,7 @@ def prepare(args, config: Config, dataset: DatasetSpec, plan: Plan, device, say)
     return model, tokenizer, training, validation
 
 
-def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | None, device, say) -> float:
+def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | None, accelerator, device) -> float:
     """Give a training that has not begun the head that it starts from; returns the seconds that it took."""
     import time
 
@@ -298,8 +298,8 @@ def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | N
     began = time.perf_counter()
     if not (folder / vt.STATE).is_file():
         if spec.head_start == "ridge":
-            ridge = vt.start_at_ridge(model, training, bf16=spec.bf16, device=device)
-            say(f"head: ridge regression on the untrained states, penalty {ridge:g}")
+            ridge = vt.start_at_ridge(model, training, bf16=spec.bf16, device=device, accelerator=accelerator)
+            accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
         elif not init:
             vt.start_at_mean(model, training, packing=spec.packing, device=device)
     return round(time.perf_counter() - began, 2)

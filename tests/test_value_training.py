@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -689,15 +690,37 @@ def test_two_processes_learn_what_one_learns(tmp_path, packing):
             assert metrics["val_loss"] == pytest.approx(one["val_loss"], abs=1e-6) and metrics["processes"] == 2
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_two_processes_share_the_ridge_of_one(pooling):
+    """Each reads half of the passes; the head is that of one process, and the same bits in both."""
+    data, read = examples(12), []
+
+    def start(accelerator=None):
+        model = lora(value_model("llama_grouped_tied", pooling=pooling))
+        backbone = vt.without_adapter(model).model
+        backbone.register_forward_pre_hook(lambda *a, **kw: read.append(accelerator and accelerator.process_index))
+        ridge = vt.start_at_ridge(model, data, max_tokens=60, accelerator=accelerator)
+        return ridge, vt._head_weight(model).clone()
+
+    expected_ridge, expected = start()
+    barrier, board = threading.Barrier(2), [None, None]
+    with ThreadPoolExecutor(2) as pool:
+        (ridge, one), (_, two) = pool.map(start, [TwoThreads(r, barrier, board) for r in range(2)])
+    assert torch.equal(one, two) and torch.allclose(one, expected, rtol=1e-6, atol=1e-8) and ridge == expected_ridge
+    passes = Counter(read)
+    assert passes[None] == passes[0] + passes[1] and abs(passes[0] - passes[1]) <= 1 < passes[1]
+
+
 @pytest.mark.slow
-def test_the_launched_script_learns_with_two_processes_what_it_learns_with_one(world, tmp_path):
+@pytest.mark.parametrize("start", [(), ("--head_start", "ridge", "--num_epochs", "0")], ids=["trained", "ridge"])
+def test_the_launched_script_learns_with_two_processes_what_it_learns_with_one(world, tmp_path, start):
     """Float32 sums in another order differ by about 1e-7 a step; ten steps at lr 3e-3 leave them within 1e-4."""
     from safetensors.torch import load_file
 
-    train_value_model.main(command(world, "--output_dir", str(tmp_path / "one")))
+    train_value_model.main(command(world, *start, "--output_dir", str(tmp_path / "one")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(ROOT / "train_value_model.py"), *command(world, "--output_dir", str(tmp_path / "two"))],
+        [*launch, str(ROOT / "train_value_model.py"), *command(world, *start, "--output_dir", str(tmp_path / "two"))],
         capture_output=True, text=True, timeout=120,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

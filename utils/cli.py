@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from utils.config import Config, ConfigError, load_config, nearest
 
+PATIENCE = 3.0  # seconds that a process other than the first waits before it says an error
+
 
 class UsageError(ValueError):
     """A command line that cannot be meant: exit status 2."""
@@ -71,10 +73,19 @@ def run(main: Callable[[], int | None]) -> int:
 def _fail(error: Exception, status: int) -> int:
     if os.environ.get("MAVIS_DEBUG"):
         raise error
+    from utils.sharding import Process, this_process
+
+    try:
+        process = this_process()
+    except UsageError:  # then that is the error
+        process = Process()
+    if not process.first:  # an error that all have is said by the first: the launcher ends the others in this time
+        time.sleep(PATIENCE)
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:  # not "[Errno 17] File exists: '...'"
         text = f"{error.filename}: {error.strerror}"
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    where = f" ({process})" if process.several else ""
+    print(f"error{where}: " + " ".join(text.split()), file=sys.stderr, flush=True)
     return status
 
 
@@ -205,7 +216,10 @@ def pick_one_gpu(name: str | None):
 
 def report_dry_run(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print what a stage would load or make: (what, path or name, where it is found or what makes it)."""
-    print("\n".join(aligned([("what", "path", "found"), *rows])))
+    from utils.sharding import this_process
+
+    if this_process().first:
+        print("\n".join(aligned([("what", "path", "found"), *rows])))
 
 
 def aligned(rows: Sequence[Sequence]) -> list[str]:
@@ -224,11 +238,14 @@ def found(path: str, made_by: str = "") -> str:
 
 
 def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: str = "it"):
-    """A tqdm bar on stderr with what is done and the time left; quiet when stderr is no terminal.
+    """A tqdm bar on stderr with what is done and the time left; quiet when stderr is no terminal, and in all processes
+    but the first.
 
     `bar.tokens(n)` counts n more tokens, and shows how many there are per second.
     """
     from tqdm import tqdm
+
+    from utils.sharding import this_process
 
     class Bar(tqdm):
         seen, began, shown = 0, time.monotonic(), 0.0
@@ -241,7 +258,8 @@ def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: s
             self.shown = now
             self.set_postfix_str(f"{self.seen / max(now - self.began, 1e-9):,.0f} tokens/s")
 
-    return Bar(iterable, total=total, desc=desc, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    quiet = not sys.stderr.isatty() or not this_process().first
+    return Bar(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=False)
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from utils import cli
 from utils.config import Config, DatasetSpec
 
-CHUNK = 64  # prompts whose trees grow together; bounds what a killed process loses
+CHUNK = 64  # prompts whose trees grow together: what a process takes at a time, and may lose when it is killed
 
 
 def add_collection_arguments(parser: ArgumentParser) -> None:
@@ -39,6 +39,12 @@ def add_collection_arguments(parser: ArgumentParser) -> None:
         "--seed_increment", type=int, default=0, help="added to the seed, for another set of trees (default: 0)"
     )
     group.add_argument("--batch_size", type=int, help="segments that grow at a time (default: the configuration's)")
+    group.add_argument(
+        "--chunk",
+        type=int,
+        default=CHUNK,
+        help=f"prompts whose trees grow together, and what one of several processes takes at a time (default: {CHUNK})",
+    )
     cli.add_common(parser)
 
 
@@ -72,7 +78,7 @@ def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
     split_source(dataset, args.data_split)
     if args.start < 0 or args.num < 1:
         raise cli.UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
-    for name in ("root_children", "non_root_children", "num_layers", "max_new_tokens", "topk", "batch_size"):
+    for name in ("root_children", "non_root_children", "num_layers", "max_new_tokens", "topk", "batch_size", "chunk"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise cli.UsageError(f"--{name} must be at least 1, got {value}")
@@ -92,6 +98,8 @@ def collect(
 ) -> int:
     """Grow the trees of prompts START .. START + NUM - 1 that a folder does not have yet.
 
+    Several processes share the range, `--chunk` prompts at a time; the first of them brings the tokens together.
+
     Args:
         shape: TreeShape's fields; arguments that were given override them.
         policy: what the folder records of the policy; another policy's folder is refused.
@@ -102,11 +110,20 @@ def collect(
     """
     from utils.data import encode_prompts, prompts_csv, read_prompts
     from utils.growth import TreeShape, grow_trees
-    from utils.hdf5_utils import claim_collection, consolidate, stored_indices, write_discarded, write_tree
+    from utils.hdf5_utils import (
+        claim_collection,
+        consolidate,
+        stored_indices,
+        tree_path,
+        write_discarded,
+        write_tree,
+    )
     from utils.models import load_reference, pick_device
     from utils.runs import fingerprint
+    from utils.sharding import Alone, chunks, claims_of, forget, share, this_process
     from utils.tracking import Tracker
 
+    process = this_process()
     check_arguments(dataset, args)
     fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
     fields |= {
@@ -134,10 +151,11 @@ def collect(
         **{name: value for name, value in vars(tree_shape).items() if value is not False},
     }
     claim_collection(output_dir, made_with, only_check=True)
-    if output_dir.is_dir():
+    if output_dir.is_dir() and process.first:
         consolidate(output_dir)  # a damaged store is found now, not behind hours of growth
     known = set(stored_indices(output_dir))
-    missing = [i for i in range(args.start, min(args.start + args.num, len(texts))) if i not in known]
+    wanted = list(range(args.start, min(args.start + args.num, len(texts))))
+    missing = [i for i in wanted if i not in known]
     began, tokens, grown, discarded = time.time(), 0, 0, 0
     bar = cli.progress(total=len(missing), desc="trees", unit="prompt")
 
@@ -157,38 +175,57 @@ def collect(
                 f"--max_new_tokens {tree_shape.max_new_tokens} leaves no room for a prompt: the models attend to "
                 f"{decoder.context} tokens"
             )
-        encoded = encode_prompts(dataset, tokenizer, [texts[i] for i in missing], room)
-        tracker = Tracker(args.wandb, f"trees_{policy['policy']}", f"trees_{output_dir.name}", made_with)
+        encoded = dict(zip(missing, encode_prompts(dataset, tokenizer, [texts[i] for i in missing], room), strict=True))
+        wandb, name = args.wandb and process.first, f"trees_{output_dir.name}"
+        tracker = Tracker(wandb, f"trees_{policy['policy']}", name, made_with)
         claim_collection(output_dir, made_with)  # not before everything is loaded: a failure leaves no folder
+
+    def lacking(unit: list[int]) -> list[int]:
+        """The prompts of a unit that no process has done."""
+        return [i for i in unit if i not in known and tree_path(output_dir, i) is None]
+
+    def grow(unit: list[int]) -> None:
+        nonlocal grown, discarded
+        for tree in grow_trees(
+            decoder,
+            {i: encoded[i] for i in lacking(unit)},
+            dict(enumerate(texts)),
+            tree_shape,
+            seed=seed,
+            eos_token_id=tokenizer.eos_token_id,
+            batch_size=config.decoding.batch_size if args.batch_size is None else args.batch_size,
+            on_tokens=count,
+        ):
+            if tree.depth.max() < min(2, tree_shape.num_layers):
+                discarded += 1
+                write_discarded(output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
+            else:
+                grown += 1
+                write_tree(output_dir, tree)
+            bar.update(1)
+
+    claimed = output_dir / "claims" / f"{args.start}-{args.num}-{args.chunk}"
     try:
-        for first in range(0, len(missing), CHUNK):
-            for tree in grow_trees(
-                decoder,
-                dict(zip(missing[first : first + CHUNK], encoded[first : first + CHUNK], strict=True)),
-                dict(enumerate(texts)),
-                tree_shape,
-                seed=seed,
-                eos_token_id=tokenizer.eos_token_id,
-                batch_size=config.decoding.batch_size if args.batch_size is None else args.batch_size,
-                on_tokens=count,
+        with claims_of(process, claimed) if missing else Alone() as claims:
+            for unit in share(
+                chunks(wanted, args.chunk), done=lambda unit: not lacking(unit), claims=claims, wait=process.first
             ):
-                if tree.depth.max() < min(2, tree_shape.num_layers):
-                    discarded += 1
-                    write_discarded(output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
-                else:
-                    grown += 1
-                    write_tree(output_dir, tree)
-                bar.update(1)
-            rate = tokens / max(time.time() - began, 1e-9)
-            tracker.log({"trees": grown, "discarded": discarded, "tokens": tokens, "tokens_per_second": rate})
+                grow(unit)
+                rate = tokens / max(time.time() - began, 1e-9)
+                tracker.log({"trees": grown, "discarded": discarded, "tokens": tokens, "tokens_per_second": rate})
+        if process.first:
+            forget(claimed)
     finally:
         bar.close()
-        total = consolidate(output_dir)
+        total = consolidate(output_dir) if process.first else 0
         tracker.summary({"trees_in_folder": total})
         tracker.finish()
+    if not process.first:
+        return 0
     seconds = time.time() - began
+    which = f"{process}: " if process.several else ""
     print(
-        f"{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "
+        f"{which}{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "
         f"({tokens / max(seconds, 1e-9):.0f} tokens/s); {output_dir} holds {total} trees"
     )
     return 0

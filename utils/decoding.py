@@ -14,6 +14,9 @@ from utils import tilting
 from utils.policies import Snapshot, Step, _Policy
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill at most
+# Of log-probabilities and log-ratios that are kept: in float64 what lies behind them depends on the batch's shape, so
+# that without it one process's files would differ from those of several.
+LOG_RATIO_DECIMALS = 9
 
 
 @dataclass

@@ -39,6 +39,7 @@ from utils.runs import (
     summarize,
 )
 from utils.settings import Settings
+from utils.sharding import refuse_several, this_process
 
 # (prompts as token ids, keys, on_completion) -> the candidates of each answer; there is one prompt and key per answer,
 # and on_completion(number of tokens) is called as completions end.
@@ -230,25 +231,60 @@ def evaluate(
     done = run.done
     todo = [(i, t) for i in prompts for t in range(num_trials) if (i, t) not in done]
     bar = progress(total=len(todo) * num_candidates, desc="answers", unit="answer")
+    for start in range(0, len(todo), chunk):
+        rows = answer_part(
+            todo[start : start + chunk],
+            prompts,
+            tokens,
+            generate=generate,
+            to_text=to_text,
+            score=score,
+            weights=weights,
+            seed=seed,
+            track_kl=track_kl,
+            extra=extra,
+            bar=bar,
+        )
+        run.append(rows)
+    bar.close()
+
+
+def answer_part(
+    part: Sequence[tuple[int, int]],
+    prompts: Mapping[int, str],
+    tokens: Mapping[int, Sequence[int]],
+    *,
+    generate: Generate,
+    to_text: Callable[[Sequence[int]], str],
+    score: Score,
+    weights: Mapping[str, float],
+    seed: int,
+    track_kl: bool,
+    extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
+    bar=None,
+) -> list[dict]:
+    """Lines of samples.jsonl for answers (prompt index, trial) that are decoded together; arguments as in `evaluate`.
+
+    `seconds` is what their decoding took in the process that did it, an equal share each.
+    """
 
     def tick(tokens: int) -> None:
-        bar.update()
-        bar.tokens(tokens)
+        if bar is not None:
+            bar.update()
+            bar.tokens(tokens)
 
-    for start in range(0, len(todo), chunk):
-        part = todo[start : start + chunk]
-        began = time.perf_counter()
-        keys = [(seed, i, t) for i, t in part]
-        candidates = generate([tokens[i] for i, _ in part], keys, tick)
-        # Decoding alone, shared by the answers that were decoded together.
-        seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
-        share = seconds / len(part)
-        run.append(pick(part, candidates, prompts, to_text, score, weights, share, track_kl, extra or {}))
-    bar.close()
+    began = time.perf_counter()
+    keys = [(seed, i, t) for i, t in part]
+    candidates = generate([tokens[i] for i, _ in part], keys, tick)
+    # Decoding alone, shared by the answers that were decoded together.
+    seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
+    return pick(part, candidates, prompts, to_text, score, weights, seconds / len(part), track_kl, extra or {})
 
 
 def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra) -> list[dict]:
     """Lines of samples.jsonl: the best candidate of each (index, trial), by weighted reward."""
+    from utils.decoding import LOG_RATIO_DECIMALS
+
     owner = [n for n, group in enumerate(candidates) for _ in group]
     flat = [completion for group in candidates for completion in group]
     texts = [to_text(completion.token_ids) for completion in flat]
@@ -271,9 +307,9 @@ def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, 
             row["extra"] = {name: float(values[n]) for name, values in others.items()}
         # Both are nan for a policy that is no tilted reference and was not read once more by the reference.
         if track_kl and not math.isnan(answer.log_ratio):
-            row["log_ratio"] = float(answer.log_ratio)
+            row["log_ratio"] = round(float(answer.log_ratio), LOG_RATIO_DECIMALS)
         if not math.isnan(answer.reference_log_prob):
-            row["reference_log_prob"] = float(answer.reference_log_prob)
+            row["reference_log_prob"] = round(float(answer.reference_log_prob), LOG_RATIO_DECIMALS)
         row |= {
             "tokens": len(answer.token_ids),
             "generated_tokens": sum(len(c.token_ids) for c in candidates[n]),
@@ -458,10 +494,17 @@ def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], 
         points: of one command line (see `settings.resolve`).
         method_of: a point's method.
     """
-    methods = [method_of(settings) for settings in points]
+    methods, process = [method_of(settings) for settings in points], this_process()
     if points[0].dry_run:
         dry_run(points, methods)
         return 0
+    for flag, given, why in (
+        ("--prompt", points[0].texts, "its answers are printed"),
+        ("--kl_budget", points[0].kl_budget is not None, "each beta that is tried depends on the one before"),
+        ("--rerun", points[0].rerun, "one that starts late could not tell the old run from the new one"),
+    ):
+        if given:
+            refuse_several(flag, why)
     for settings, method in zip(points, methods, strict=True):
         check_checkpoints(settings, method)
     if points[0].texts:
@@ -480,6 +523,10 @@ def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], 
                 load(replace(settings, beta=0.0) if settings.beta is None else settings, method, shared)
         return shared
 
+    if process.several:
+        from utils.shared_evaluation import evaluate_together
+
+        return evaluate_together(points, methods, prompts, models, process)
     ended = []
     for place, settings in enumerate(points, start=1):
         if len(points) > 1:
@@ -489,17 +536,21 @@ def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], 
             search = meet_budget(settings, method_of, prompts, models)
             settings = replace(settings, beta=search.found.beta)
         run = evaluate_point(settings, method_of(settings), prompts, models, search)
-        arguments, figures = read_arguments(run.folder), summarize(run.samples)
-        ended.append(point_cells(arguments, figures))
-        if len(points) == 1:
-            print(format_summary(arguments, figures), end="")
-        else:
-            print(
-                ", ".join(f"{k} {v}" for k, v in ended[-1].items() if k not in ("weights", "beta")) + "\n", flush=True
-            )
+        ended.append(report_point(run, alone=len(points) == 1))
     if len(points) > 1:
         print(points_table(ended), end="")
     return 0
+
+
+def report_point(run: Run, *, alone: bool) -> dict[str, str]:
+    """Print what a complete run came to, at length where it is the only one; returns its `point_cells`."""
+    arguments, figures = read_arguments(run.folder), summarize(run.samples)
+    cells = point_cells(arguments, figures)
+    if alone:
+        print(format_summary(arguments, figures), end="")
+    else:
+        print(", ".join(f"{k} {v}" for k, v in cells.items() if k not in ("weights", "beta")) + "\n", flush=True)
+    return cells
 
 
 def evaluate_point(
@@ -541,13 +592,18 @@ def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[
         num_trials=settings.num_trials,
         seed=settings.seed,
         track_kl=settings.track_kl,
-        chunk=max(1, BATCHES_PER_CHUNK * settings.batch_size // method.num_samples),
+        chunk=chunk_size(settings, method),
         num_candidates=method.num_samples,
         extra=models.judges,
     )
     figures = run.finish()
     if settings.wandb:
         log_to_wandb(run, figures)
+
+
+def chunk_size(settings: Settings, method: Method) -> int:
+    """Answers that are decoded and written together, and that one of several processes takes at a time."""
+    return max(1, BATCHES_PER_CHUNK * settings.batch_size // method.num_samples)
 
 
 def meet_budget(

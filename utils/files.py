@@ -7,16 +7,22 @@ import io
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 
+def temporary_name(path: Path) -> Path:
+    """Where a process writes what is then renamed to `path`; no other process's, also not another machine's."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a whole file or none: to a temporary name, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import write_atomically
+from utils.files import temporary_name, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
@@ -113,7 +113,7 @@ def consolidate(data_dir: Path) -> int:
 
 def _rewrite(target: Path, parts: dict[int, Path]) -> None:
     """Replace the token store by one that also holds `parts`."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(h5py.File(temporary, "w"))
@@ -175,6 +175,11 @@ def stored_indices(data_dir: str | Path, split: str = "all") -> list[int]:
 def tree_indices(data_dir: str | Path, split: str = "all") -> list[int]:
     """Prompts that have a tree, in order."""
     return [i for i in stored_indices(data_dir, split) if "discarded" not in _read_json(tree_path(data_dir, i))]
+
+
+def value_names(data_dir: str | Path, prompt_index: int) -> set[str]:
+    """The objectives that a prompt's tree has values of, without reading the tree."""
+    return set(_read_json(tree_path(data_dir, prompt_index)).get("values", {}))
 
 
 def read_tree(data_dir: str | Path, prompt_index: int) -> Tree:
@@ -321,7 +326,7 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
                 sources.setdefault(name, path)
     output = Path(output_file)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(output)
     try:
         with h5py.File(temporary, "w") as out:
             for name in sorted(sources, key=lambda n: (len(n), n)):

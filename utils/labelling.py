@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from utils import cli
-from utils.hdf5_utils import read_tree, tree_indices, tree_path, write_structure
+from utils.hdf5_utils import read_tree, tree_indices, tree_path, value_names, write_structure
 from utils.rewards import RewardSet
+from utils.sharding import Alone, Claims, share
 from utils.trees import Tree, expected_log_ratio
 
-CHUNK = 32  # trees whose leaves are scored together
+CHUNK = 32  # prompts whose trees' leaves are scored together: what a process takes at a time
 
 
 def leaf_texts(tree: Tree, tokenizer) -> list[str]:
@@ -22,31 +23,59 @@ def leaf_texts(tree: Tree, tokenizer) -> list[str]:
 
 
 def label_trees(
-    data_dir: Path, objectives: Sequence[str], rewards: RewardSet, tokenizer, relabel: bool = False
+    data_dir: Path,
+    objectives: Sequence[str],
+    rewards: RewardSet,
+    tokenizer,
+    relabel: bool = False,
+    *,
+    chunk: int = CHUNK,
+    claims: Claims | Alone | None = None,
+    wait: bool = False,
 ) -> Iterator[Tree]:
-    """Score the leaves of every tree that lacks one of the objectives, write the values, and yield the tree."""
-    indices = tree_indices(data_dir)
-    bar = cli.progress(total=len(indices), desc="labels", unit="tree")
-    for first in range(0, len(indices), CHUNK):
-        trees = [read_tree(data_dir, i) for i in indices[first : first + CHUNK]]
-        todo = [t for t in trees if relabel or any(o not in t.values for o in objectives)]
-        if todo:
-            texts = [leaf_texts(t, tokenizer) for t in todo]
-            prompts = [t.prompt for t, leaves in zip(todo, texts, strict=True) for _ in leaves]
-            scores = rewards.score(prompts, [text for leaves in texts for text in leaves])
-            bar.tokens(sum(len(t.response_tokens(n)) for t in todo for n in t.leaves))
-            start = 0
-            for i, tree in enumerate(todo):
-                leaves = tree.leaves
+    """Score the leaves of every tree that lacks one of the objectives, write the values, and yield the tree.
+
+    All trees of a chunk are scored where one of them lacks values, and only what lacks them is written: a reward then
+    does not depend on where an earlier run was killed, also where another batch would round it otherwise.
+
+    Args:
+        relabel: write the values of all trees; only for a process that labels alone.
+        chunk: so many prompts' trees are scored together: those of indices n * chunk to (n + 1) * chunk - 1.
+        claims, wait: as in `sharding.share`.
+    """
+    units: dict[str, list[int]] = {}
+    for index in tree_indices(data_dir):
+        units.setdefault(f"{index // chunk:07d}", []).append(index)
+    written: set[int] = set()
+
+    def lacking(unit: list[int]) -> set[int]:
+        if relabel:
+            return set(unit) - written
+        return {i for i in unit if not value_names(data_dir, i).issuperset(objectives)}
+
+    bar = cli.progress(total=sum(map(len, units.values())), desc="labels", unit="tree")
+    for unit in share(units, done=lambda unit: not lacking(unit), claims=claims or Alone(), wait=wait):
+        todo = lacking(unit)
+        trees = [read_tree(data_dir, i) for i in unit]
+        texts = [leaf_texts(t, tokenizer) for t in trees]
+        prompts = [t.prompt for t, leaves in zip(trees, texts, strict=True) for _ in leaves]
+        scores = rewards.score(prompts, [text for leaves in texts for text in leaves])
+        bar.tokens(sum(len(t.response_tokens(n)) for t in trees for n in t.leaves))
+        start = 0
+        labelled = []
+        for tree in trees:
+            leaves = tree.leaves
+            if tree.prompt_index in todo:
                 for objective in objectives:
                     values = np.zeros(len(tree))
                     values[leaves] = scores[objective][start : start + len(leaves)]
                     tree = tree.labelled(objective, values)
-                start += len(leaves)
                 write_structure(tree_path(data_dir, tree.prompt_index), tree)
-                todo[i] = tree
+                labelled.append(tree)
+            start += len(leaves)
+        written |= todo
         bar.update(len(trees))
-        yield from todo
+        yield from labelled
     bar.close()
 
 

@@ -32,16 +32,19 @@ from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 from utils.policies import AdapterOf
 from utils.runs import fingerprint
+from utils.sharding import this_process
 
 quiet_libraries()
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else the first GPU, else the CPU."""
+    """The named device, else the first GPU, else the CPU; of several processes on a machine, each has its own GPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise DataError(f"--device {name!r} is no torch device; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and device.index is None:
+        device = own_gpu(this_process().local_rank, torch.cuda.device_count())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DataError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     try:
@@ -50,6 +53,22 @@ def pick_device(name: str | None = None) -> torch.device:
         reason = " ".join(str(error).split())[:150]
         raise DataError(f"--device {name}: PyTorch cannot use it here ({reason})") from None
     return device
+
+
+def own_gpu(local_rank: int | None, count: int) -> torch.device:
+    """The GPU of a machine's process of that number; a launcher may also show each process one GPU alone.
+
+    Raises:
+        DataError: more processes than GPUs.
+    """
+    if local_rank is None or count <= 1:
+        return torch.device("cuda")
+    if local_rank >= count:
+        raise DataError(
+            f"this machine has {count} CUDA devices, and this is its process {local_rank + 1}; start {count} processes "
+            "on it, or name a device with --device"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -6,10 +6,12 @@
         rewards.csv     one row per prompt: means over its trials
         summary.txt     means and errors; written last, so a folder that has it is complete
         kl_search.csv   the betas that were tried, where the run's was found for a KL budget
+        parts/          rows of several processes, a file for each part of the answers, until samples.jsonl takes them
 
 A run's *identity* is a hash of what determines its result. The same command finds the newest folder of its identity:
 a complete one is reported and not repeated, an incomplete one is completed. One process at a time writes a folder;
-the lock is held on samples.jsonl, so it ends with the process, however that ends.
+the lock is held on samples.jsonl, so it ends with the process, however that ends. Of several processes that share a
+run, the first holds the lock and writes the folder; the others only add files to parts/.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +41,8 @@ from utils.cli import DataError
 from utils.files import write_atomically, write_csv
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
-KL_SEARCH = "kl_search.csv"
+KL_SEARCH, PARTS, CLAIMS = "kl_search.csv", "parts", "claims"
+FOLDER_PATIENCE = 600.0  # seconds that a process waits for the run folder that the first one makes
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 # Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
 MEASURES = ("log_ratio", "seconds", "tokens", "distinct", "reference_log_prob", "finished")
@@ -250,6 +253,7 @@ class Run:
         self.arguments = dict(arguments)
         self.samples: list[dict] = []
         self._stream = stream
+        self._in_order = True  # what `samples` holds is what samples.jsonl holds
         if stream is not None:
             try:
                 self._recover()
@@ -270,20 +274,40 @@ class Run:
 
     def append(self, samples: Sequence[Mapping]) -> None:
         """Write samples, flushed to the disk, and the rows of rewards.csv as far as they go."""
-        lines = "".join(json.dumps(s, ensure_ascii=False, allow_nan=False) + "\n" for s in samples)
-        self._stream.write(lines.encode())
+        self._stream.write(as_lines(samples).encode())
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self.samples.extend(dict(s) for s in samples)
         self._write_rewards()
 
+    @property
+    def in_parts(self) -> list[dict]:
+        """The rows of `parts/` that samples.jsonl does not have, each once."""
+        rows = {(s["index"], s["trial"]): s for s in read_parts(self.folder)}
+        return [rows[key] for key in sorted(rows.keys() - self.done)]
+
+    def gather(self) -> None:
+        """Take the rows of `parts/` along; `finish` writes them to samples.jsonl."""
+        self.samples += self.in_parts
+        self._in_order = False
+
     def finish(self, note: str = "") -> dict[str, Statistic]:
-        """Write rewards.csv and, last and atomically, summary.txt; returns its figures."""
+        """Write samples.jsonl in its order, rewards.csv and, last and atomically, summary.txt; returns its figures.
+
+        The order is that of one process that was never interrupted: by prompt, then by trial.
+        """
+        place = {index: n for n, index in enumerate(self.arguments["indices"])}
+        ordered = sorted(self.samples, key=lambda s: (place.get(s["index"], -1), s["trial"]))
+        if not self._in_order or ordered != self.samples:
+            self.samples, self._in_order = ordered, True
+            write_atomically(self.folder / SAMPLES, as_lines(ordered))
         expected = {(i, t) for i in self.arguments["indices"] for t in range(self.arguments["num_trials"])}
         assert self.done == expected, f"{self.folder}: {len(self.done)} rows of {len(expected)}"
         self._write_rewards()
         figures = summarize(self.samples)
         write_atomically(self.folder / SUMMARY, format_summary(self.arguments, figures) + note)
+        for name in (PARTS, CLAIMS):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         return figures
 
     def note_kl_search(self, record: Mapping, table: str) -> None:
@@ -302,7 +326,7 @@ class Run:
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that could not start: it has no rows, and its command would make it again."""
-        if self._stream is not None and not self.samples:
+        if self._stream is not None and not self.samples and not read_parts(self.folder):
             shutil.rmtree(self.folder)
             self.close()
 
@@ -347,11 +371,12 @@ def is_complete(workspace: str | os.PathLike, spec: RunSpec) -> bool:
     return folder is not None and (folder / SUMMARY).exists()
 
 
-def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False) -> Run:
+def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False, shared: bool = False) -> Run:
     """Make the run's folder, or find the newest one of the same identity.
 
     A complete folder comes back closed for writing (`run.complete`); an incomplete one comes back with the rows that it
-    has. `rerun` starts anew where the newest folder is complete, and completes it where it is not.
+    has. `rerun` starts anew where the newest folder is complete, and completes it where it is not. `shared` is for the
+    first of several processes that share the run: what lies in parts/ stays there until the run is finished.
 
     Raises:
         DataError: another process holds the folder; the message says which.
@@ -387,12 +412,57 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
             arguments["resumed"].append({"time": now, "versions": versions(), "commit": git_commit()})
             arguments["process"] = process
         write_arguments(folder, arguments)
-    return Run(folder, arguments, stream)
+    run = Run(folder, arguments, stream)
+    if not shared and (folder / PARTS).is_dir():  # of several processes that were interrupted
+        if rows := run.in_parts:
+            run.append(rows)
+        for name in (PARTS, CLAIMS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return run
+
+
+def join_run(workspace: str | os.PathLike, spec: RunSpec, patience: float = FOLDER_PATIENCE) -> Path:
+    """The folder of a run that this process shares with others, once the first one has made it.
+
+    Raises:
+        DataError: there is none after `patience` seconds.
+    """
+    end = time.monotonic() + patience
+    while (folder := find_run(workspace, spec)) is None:
+        if time.monotonic() > end:
+            raise DataError(
+                f"the first process has made no run folder in {run_parent(workspace, spec)} in {patience:g} seconds; "
+                "see what it says"
+            )
+        time.sleep(0.2)
+    return folder
 
 
 def write_arguments(folder: Path, arguments: Mapping) -> None:
     text = yaml.safe_dump(dict(arguments), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     write_atomically(folder / ARGUMENTS, text)
+
+
+def part_path(folder: Path, name: str) -> Path:
+    """Where one of several processes writes a part's rows, whole or not at all."""
+    return Path(folder) / PARTS / f"{name}.jsonl"
+
+
+def read_parts(folder: Path) -> list[dict]:
+    """The rows that lie in `parts/`; each (index, trial) may be in several files."""
+    rows = []
+    for file in sorted((Path(folder) / PARTS).glob("[0-9]*.jsonl")):
+        with suppress(FileNotFoundError):  # gathered in this moment
+            rows += parse_samples(file.read_text(encoding="utf-8"), file)
+    return rows
+
+
+def rows_done(folder: Path) -> set[tuple[int, int]]:
+    """(prompt index, trial) of the rows that a run's folder holds, for a process that is not its writer."""
+    text = (Path(folder) / SAMPLES).read_bytes()
+    whole = text[: text.rfind(b"\n") + 1].decode()  # what a kill tore is cut off by the writer
+    rows = parse_samples(whole, Path(folder) / SAMPLES) + read_parts(folder)
+    return {(s["index"], s["trial"]) for s in rows}
 
 
 def _lock_samples(folder: Path) -> io.BufferedRandom:
@@ -424,6 +494,11 @@ def command_line() -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+
+def as_lines(samples: Sequence[Mapping]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(s, ensure_ascii=False, allow_nan=False) + "\n" for s in samples)
 
 
 def parse_samples(text: str, file: Path) -> list[dict]:

@@ -702,6 +702,7 @@ def start_at_ridge(
     device=None,
     folds: int = 5,
     max_tokens: int = TOKENS_PER_PASS,
+    accelerator=None,
 ) -> float:
     """Let the head be the ridge regression of the targets on the states, drawn towards where it is (a new one is at 0).
 
@@ -709,17 +710,22 @@ def start_at_ridge(
     error of a tree's mean counts `BETWEEN` as much as that of its nodes' differences from it. The penalty is the one of
     `RIDGES` that predicts these differences best, over folds of whole trees.
 
+    Args:
+        accelerator: an `accelerate.Accelerator` where several processes share the passes; their moments are summed in
+            float64, so that all get what one process would, to rounding, and the same bits.
+
     Returns:
         the penalty, as a share of the states' mean square.
     """
     training, weight = model.training, _head_weight(model)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     size = weight.shape[1]
     model.eval()
     gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)  # of the states; [1] within a prompt
     cross = torch.zeros(2, folds, size, dtype=torch.float64, device=device)  # with the targets
     layouts = [lay_out(x, x.nodes) for x in examples]
     bar = progress(total=len(layouts), desc="ridge", unit="tree")
-    for group in passes(layouts, max_tokens):
+    for group in passes(layouts, max_tokens)[rank::world]:
         batch = collate([layouts[i] for i in group], device)
         with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
             states = node_states(model, batch).double()
@@ -730,7 +736,11 @@ def start_at_ridge(
         bar.update(len(group))
     bar.close()
     model.train(training)
+    if world > 1:
+        gram, cross = accelerator.reduce(gram, "sum"), accelerator.reduce(cross, "sum")
     ridge, step = choose_ridge(gram, cross)
+    if world > 1:  # the first one's, for all: other hardware may round the solution otherwise
+        step = accelerator.reduce(step if rank == 0 else torch.zeros_like(step), "sum")
     weight += step[None].to(weight.dtype)
     return ridge
 
