@@ -29,6 +29,7 @@ from utils.cli import (
     report_dry_run,
     run,
 )
+from utils.files import lets_go
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 
@@ -132,6 +133,7 @@ def check_split(data_dir: Path, dataset: str) -> None:
                             f"python split_data.py <trees> --dataset {dataset} --output_dir {data_dir}")  # fmt: skip
 
 
+@lets_go
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
