@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     The temporary name is the same in every process, so that what a killed one leaves is used up by the next; the lock
     lets one at a time write there. An error without a file's name (no space left) is given this one's.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open_alone(temporary) as file:
+        with _open_temporary(temporary) as file:
             try:
                 file.truncate(0)  # what a killed process left
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -68,6 +67,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except OSError as error:
         _name(error, path)
         raise
+
+
+def _open_temporary(path: Path) -> io.BufferedRandom:
+    """Open a file in a folder that is made if need be, and made again if another process removes it, empty as it is."""
+    for _ in range(10):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return open_alone(path)
+    return open_alone(path)
 
 
 def _name(error: OSError, path: Path) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import h5py
@@ -125,7 +125,7 @@ def consolidate(data_dir: Path) -> int:
             _rewrite(target, parts)
         for part in parts.values():
             part.unlink()
-        if (data_dir / "parts").is_dir() and not any((data_dir / "parts").iterdir()):
+        with suppress(OSError):  # not there, or not empty: another process is writing a tree
             (data_dir / "parts").rmdir()
     if not target.exists():
         return 0
