@@ -9,8 +9,8 @@ bytes. What is left out of the comparison is in `comparable`.
 
 A *write point* is an event below the workspace that Python's audit hooks see (a file opened for writing, a rename, a
 removal, a new folder) or an fsync; the number of an undisturbed run's is counted first. At point n the process is
-killed (at an fsync with half of the file's last line gone), or the disk is full from there on, or another process runs the
-same command. `timed kill` waits for a share of the undisturbed run's seconds instead, so that it also hits what is
+killed (at an fsync with half of the file's last line gone), or the disk is full from there on, or another process runs
+the same command. `timed kill` waits for a share of the undisturbed run's seconds instead, so that it also hits what is
 written outside Python.
 """
 
