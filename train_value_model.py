@@ -31,6 +31,7 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, DatasetSpec, ObjectiveSpec, TrainingSpec
+from utils.files import lets_go
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 
 
@@ -181,6 +182,7 @@ def dry_run(config: Config, plans: list[Plan], reference: str, made_by: str) -> 
     report_dry_run(rows)
 
 
+@lets_go
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import rivals
 from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.files import hold, lets_go, whole_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -78,18 +77,10 @@ def write_adapter(output: Path, adapter_config: dict, tensors: dict, record: dic
     """The adapter and its record, in a folder that appears whole or not at all."""
     from safetensors.torch import save_file
 
-    part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with whole_folder(output) as part:
         (part / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / rivals.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_complete(output: Path, made_from: dict, rerun: bool) -> bool:
@@ -105,6 +96,7 @@ def is_complete(output: Path, made_from: dict, rerun: bool) -> bool:
     return True
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
@@ -128,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(bases) > 1:
         raise DataError(f"the adapters were trained on different bases: {', '.join(map(str, bases.values()))}")
     made_from = {str(f): [fingerprint(f), w] for f, w in zip(folders, weights, strict=True)}
+    hold(output)
     if is_complete(output, made_from, args.rerun):
         print(f"the merged adapter is complete: {output} (--rerun makes it again)")
         return 0

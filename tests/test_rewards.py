@@ -472,10 +472,17 @@ def test_a_missing_or_damaged_head_says_which_command_makes_it(trained, tmp_path
     with pytest.raises(DataError, match="does not hold a pooled head"):
         load(tmp_path)
     head = pooled_reward.load_head(config.default_path("reward_models", "help"), "help")
-    pooled_reward.save_head(tmp_path, head)
-    save_file({"weight": np.full(96, np.nan, np.float32)}, tmp_path / "head.safetensors")
+    pooled_reward.save_head(tmp_path, dataclasses.replace(head, weight=np.full(96, np.nan, np.float32)))
     with pytest.raises(DataError, match="no finite vector"):
         load(tmp_path)
+    pooled_reward.save_head(tmp_path, head)
+    save_file({"weight": 2 * head.weight}, tmp_path / "head.safetensors")  # another fit's, killed before its head.json
+    with pytest.raises(DataError, match="were not written together"):
+        load(tmp_path)
+    settings = json.loads((tmp_path / "head.json").read_text())
+    del settings["checksum"]  # as earlier versions wrote it
+    (tmp_path / "head.json").write_text(json.dumps(settings))
+    load(tmp_path)
 
 
 def test_a_long_text_keeps_its_response(trained):

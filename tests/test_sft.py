@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -305,11 +306,11 @@ def test_one_gpu_is_left_in_sight_unless_a_launcher_shares_them(monkeypatch):
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
         pin_gpu(device)
-        assert sft.os.environ["CUDA_VISIBLE_DEVICES"] == after
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     pin_gpu(None)
-    assert sft.os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
 # ----------------------------------------------------------------------------------------------------------- merging

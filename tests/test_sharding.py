@@ -364,7 +364,7 @@ def test_interrupted_processes_are_completed_by_any_number_of_others(world, alon
     trees = script.workspace / "trees"
     for name, owner, function in (
         (collect, utils.hdf5_utils, "write_structure"),
-        (label, utils.labelling, "write_structure"),
+        (label, utils.labelling, "update_tree"),
     ):
         main = {"get_data_base": get_data_base, "label_tree": label_tree}[name[0]].main
         for rank, size, count in ((1, 2, 3), (0, 3, 2)):

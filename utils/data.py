@@ -16,6 +16,7 @@ from pathlib import Path
 
 from utils.cli import DataError, progress
 from utils.config import Config, ConfigError, DatasetSpec, SourceSpec, nearest
+from utils.files import write_csv
 from utils.text_formats import NO_COLUMN, RowDropped, format_of, prompt_hash, shown_to_reference
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -394,17 +395,7 @@ def split_source(spec: DatasetSpec, split: str) -> SourceSpec:
 
 def write_prompts(path: str | os.PathLike, prompts: Sequence[str]) -> None:
     """Write a CSV with the one column `prompt`; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["prompt"])
-            writer.writerows([prompt] for prompt in prompts)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_csv(Path(path), [{"prompt": prompt} for prompt in prompts], ["prompt"])
 
 
 def read_prompts(path: str | os.PathLike, config: Config | None = None) -> list[str]:

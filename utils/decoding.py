@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils import tilting
+from utils.cli import DataError
 from utils.policies import Snapshot, Step, _Policy
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill at most
@@ -61,7 +62,7 @@ class Prefix:
 class Job:
     """Generate up to `budget` tokens from a prefix (or a saved state) with the randomness of `key`.
 
-    `keep_state` asks for the state behind the last token, unless the text ended.
+    `keep_state` asks for the state behind the last token, unless the text ended. `prompt_index` is for messages.
     """
 
     key: tuple[int, ...]
@@ -69,12 +70,13 @@ class Job:
     budget: int
     keep_state: bool = False
     tag: Any = None
+    prompt_index: int | None = None
 
 
 class _Rows:
     """What the loop knows of each row, on the policy's device: (B,) tensors and the tokens so far (B, T)."""
 
-    def __init__(self, rows: int, budget: int, device: torch.device):
+    def __init__(self, rows: int, budget: int, device: torch.device, suspects: int):
         def zeros(dtype, *shape):
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
@@ -82,6 +84,7 @@ class _Rows:
         self.tokens, self.log_ratios = zeros(torch.int64, budget), zeros(torch.float64, budget)
         self.log_prob, self.reference_log_prob = zeros(torch.float64), zeros(torch.float64)
         self.alive, self.finished = zeros(torch.bool), zeros(torch.bool)
+        self.unsound = zeros(torch.bool, suspects)  # since the row started, see `_Policy.distribution`
 
     def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
         device = self.key.device
@@ -95,9 +98,9 @@ class _Rows:
             self.log_ratios = torch.nn.functional.pad(self.log_ratios, (0, short))
         self.count[index] = 0
         self.log_prob[index] = self.reference_log_prob[index] = 0.0
-        self.alive[index], self.finished[index] = True, False
+        self.alive[index], self.finished[index], self.unsound[index] = True, False, False
 
-    def record(self, step: Step, eos: Tensor) -> Tensor:
+    def record(self, step: Step, eos: Tensor, unsound: Tensor) -> Tensor:
         """Choose a candidate for every row and write it down for those that are alive; returns the choice (B,)."""
         choice = tilting.sample(step.p_tilt, tilting.uniforms(self.key, self.count))
         pick = choice.unsqueeze(1)
@@ -111,6 +114,7 @@ class _Rows:
         self.log_ratios.scatter_(
             1, place, torch.where(self.alive, log_p - log_q, self.log_ratios.gather(1, place).squeeze(1)).unsqueeze(1)
         )
+        self.unsound |= self.alive.unsqueeze(1) & unsound
         self.finished |= self.alive & (token.unsqueeze(1) == eos).any(1)
         self.count += self.alive
         self.alive &= ~self.finished & (self.count < self.budget)
@@ -149,6 +153,10 @@ def run_jobs(
         sync_every: steps between two looks at which rows have ended; the default is 1 on a CPU and 16 elsewhere, where
             a look makes the device wait. A row whose budget ends is always seen at once.
         suppress_first_eos: the first token after a `Prefix` is no end-of-sequence token (see `decode`).
+
+    Raises:
+        DataError: values or probabilities that are not finite, at the next look; the message names the prompt and the
+            objective.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -167,7 +175,7 @@ def run_jobs(
         wanted = min(batch_size, len(active) + len(queue))
         if rows is None:
             policy.open(wanted)
-            rows = _Rows(wanted, max(j.budget for j in queue), device)
+            rows = _Rows(wanted, max(j.budget for j in queue), device, 1 + len(policy.objectives))
             jobs, traces, remaining = [None] * wanted, [[] for _ in range(wanted)], [0] * wanted
         elif wanted > len(jobs) or (not queue and 2 * wanted <= len(jobs)):
             policy.take(active, wanted)
@@ -187,7 +195,7 @@ def run_jobs(
                 jobs[r], traces[r], remaining[r] = job, [], job.budget
 
         step = policy.distribution()
-        choice = rows.record(step, eos)
+        choice = rows.record(step, eos, policy.unsound)
         if trace:
             _trace(step, choice, jobs, traces)
         active = [r for r, j in enumerate(jobs) if j is not None]
@@ -197,12 +205,23 @@ def run_jobs(
         ended: list[int] = []
         if since_look >= sync_every or min(remaining[r] for r in active) <= 0:
             since_look = 0
-            alive = rows.alive.tolist()
+            alive, unsound = torch.stack([rows.alive, rows.unsound.any(1)]).tolist()
+            if any(unsound[r] for r in active):
+                _complain(policy, rows, jobs, next(r for r in active if unsound[r]))
             ended = [r for r in active if not alive[r]]
         if len(ended) < len(active) or any(jobs[r].keep_state for r in ended):
             policy.advance(choice)
         if ended:
             yield from _finish(policy, rows, jobs, traces, ended)
+
+
+def _complain(policy: _Policy, rows: _Rows, jobs: Sequence[Job | None], row: int) -> None:
+    which = jobs[row].prompt_index
+    where = "" if which is None else f"prompt {which}: "
+    raise DataError(
+        f"{where}{policy.complaint(rows.unsound[row].tolist())} within its first {int(rows.count[row])} tokens; "
+        "nothing more is decoded"
+    )
 
 
 def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int, forbidden: Tensor | None) -> None:
@@ -297,8 +316,8 @@ def decode(
 
     Args:
         prompts: lists of token ids, of any lengths; equal prompts are read once.
-        keys: one tuple of whole numbers per prompt, e.g. (seed, prompt_index, trial). The tokens depend on it alone,
-            not on the batch; in half precision another batch shape may round a probability otherwise and flip a token.
+        keys: one tuple of whole numbers per prompt, (seed, prompt_index, trial). The tokens depend on it alone, not
+            on the batch; in half precision another batch shape may round a probability otherwise and flip a token.
         max_new_tokens: tokens per completion at most.
         eos_token_id: one id, several, or None.
         reference: for a policy that is no tilted reference: the model (or ReferencePolicy) against which the log-ratio
@@ -319,7 +338,7 @@ def decode(
     queue: deque[Job] = deque()
     for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
         prefix = prefixes.setdefault(tuple(prompt), Prefix(list(prompt)))
-        queue.append(Job(key, prefix, max_new_tokens, tag=i))
+        queue.append(Job(key, prefix, max_new_tokens, tag=i, prompt_index=key[1] if len(key) > 1 else i))
     prefixes.clear()  # a prefix's cache goes when its last job has started
     completions: list[Completion | None] = [None] * len(prompts)
     options = dict(batch_size=batch_size, trace=trace, suppress_first_eos=suppress_first_eos)
@@ -428,6 +447,13 @@ def _search(
     for t in range(max_new_tokens):
         rows = [(p, b) for p, of_prompt in enumerate(beams) for b in range(len(of_prompt))]
         step = policy.distribution()
+        unsound = policy.unsound.tolist()
+        for (p, _), row in zip(rows, unsound, strict=True):
+            if any(row):
+                which = keys[p][1] if len(keys[p]) > 1 else p
+                raise DataError(
+                    f"prompt {which}: {policy.complaint(row)} at its token {t + 1}; nothing more is decoded"
+                )
         folded = [[tilting.fold_key(beam_key(keys[p], b, d)) for d in range(num_samples)] for p, b in rows]
         uniform = tilting.uniforms(torch.tensor(folded, device=device).T.reshape(-1), torch.tensor(t, device=device))
         choice = tilting.sample(step.p_tilt.repeat(num_samples, 1), uniform).view(num_samples, -1).T  # (rows, samples)

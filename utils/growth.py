@@ -104,7 +104,7 @@ def grow_trees(
             key = (seed, index, *path, child)
             budget = segment_length(left, layer, shape.num_layers, key)
             goes_on = layer + 1 < shape.num_layers and budget < left
-            jobs.append(Job((*key, TOKEN_STREAM), start, budget, goes_on, (index, (*path, child), used)))
+            jobs.append(Job((*key, TOKEN_STREAM), start, budget, goes_on, (index, (*path, child), used), index))
         growing[index].open += len(jobs)
         return jobs
 

@@ -13,23 +13,25 @@ appended to safely, so they are only ever replaced whole: `consolidate` writes a
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import hashlib
 import io
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import temporary_name, write_atomically
+from utils.files import npy, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
 FORMAT = 1
+CHECKSUM = "checksum"  # not in the files of earlier versions, which are read without it
+KEYS = {"format", "prompt_index", "prompt", "parent", "log_ratio", "finished", "values", "expected_log_ratio", CHECKSUM}
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -60,7 +62,7 @@ def write_tree(data_dir: Path, tree: Tree) -> None:
     check_tree(tree)
     flat, offsets = _flatten(tree.tokens)
     part = data_dir / "parts" / f"prompt{tree.prompt_index}.npy"
-    write_atomically(part, _npy(np.concatenate([[len(offsets)], offsets, flat]).astype(np.int64)))
+    write_atomically(part, npy(np.concatenate([[len(offsets)], offsets, flat]).astype(np.int64)))
     write_structure(data_dir / f"prompt{tree.prompt_index}_tree.json", tree)
 
 
@@ -78,7 +80,28 @@ def write_structure(path: Path, tree: Tree) -> None:
     if tree.soft:
         expected = expected_log_ratio(tree.parent, tree.log_ratio, tree.soft)
         record["expected_log_ratio"] = {"mode": tree.soft, "nodes": expected.tolist()}
+    record[CHECKSUM] = _checksum(record, tree.tokens)
     write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def update_tree(data_dir: str | Path, prompt_index: int, change: Callable[[Tree], Tree]) -> Tree:
+    """Write what `change` makes of a stored tree (all but its tokens), and return it.
+
+    It is read anew and written under the folder's lock, so that what another process labels at the same time stays.
+    """
+    with _locked(Path(data_dir)):
+        tree = change(read_tree(data_dir, prompt_index))
+        write_structure(tree_path(data_dir, prompt_index), tree)
+    return tree
+
+
+def _checksum(record: Mapping, tokens: Sequence[np.ndarray]) -> str:
+    """Of a tree's JSON record, without the checksum itself, and its tokens: a damaged byte in either file shows."""
+    flat, offsets = _flatten(tokens)
+    plain = {key: value for key, value in record.items() if key != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    digest.update(offsets.astype("<i8").tobytes() + flat.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def write_discarded(data_dir: Path, prompt_index: int, prompt: str, reason: str) -> None:
@@ -95,15 +118,14 @@ def consolidate(data_dir: Path) -> int:
     """
     data_dir, target = Path(data_dir), Path(data_dir) / TOKENS
     data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(data_dir):
         parts = {int(p.stem[6:]): p for p in (data_dir / "parts").glob("prompt*.npy")}
         parts = {i: p for i, p in parts.items() if tree_path(data_dir, i) is not None}
         if parts:
             _rewrite(target, parts)
         for part in parts.values():
             part.unlink()
-        if (data_dir / "parts").is_dir() and not any((data_dir / "parts").iterdir()):
+        with suppress(OSError):  # not there, or not empty: another process is writing a tree
             (data_dir / "parts").rmdir()
     if not target.exists():
         return 0
@@ -111,41 +133,43 @@ def consolidate(data_dir: Path) -> int:
         return len([_index_of(name, target) for name in file])
 
 
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Hold a folder of trees for the moments in which what several processes write is read and replaced."""
+    with open(data_dir / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _rewrite(target: Path, parts: dict[int, Path]) -> None:
     """Replace the token store by one that also holds `parts`."""
-    temporary = temporary_name(target)
-    try:
-        with contextlib.ExitStack() as stack:
-            out = stack.enter_context(h5py.File(temporary, "w"))
-            old = stack.enter_context(_open(target)) if target.exists() else {}
-            for index in sorted({_index_of(name, target) for name in old} | set(parts)):
-                if index in parts:
-                    offsets, flat = _read_part(parts[index])
-                else:  # written anew, not copied: the file's bytes then do not tell how often it was interrupted
-                    offsets, flat = _read_entry(old, index, target)
-                _store(out, index, flat, offsets)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _open(target) if target.exists() else nullcontext({}) as old:
+        entries = {
+            # The old ones are written anew, not copied: the file's bytes then do not tell how often it was interrupted.
+            index: _read_part(parts[index]) if index in parts else _read_entry(old, index, target)
+            for index in sorted({_index_of(name, target) for name in old} | set(parts))
+        }
+    _write_store(target, entries)
 
 
-def _store(file: h5py.File, index: int, flat: np.ndarray, offsets: np.ndarray) -> None:
-    group = file.create_group(f"prompt{index}")
-    group.create_dataset("tokens", data=flat.astype(np.int32))
-    group.create_dataset("offsets", data=offsets.astype(np.int64))
+def _write_store(path: Path, entries: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a token store atomically: {prompt: (offsets, tokens)}, in the order of the prompts.
+
+    It is made in memory (some ten megabytes for thousands of trees), so that a full disk is an ordinary error.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for index in sorted(entries):
+            offsets, flat = entries[index]
+            group = file.create_group(f"prompt{index}")
+            group.create_dataset("tokens", data=flat.astype(np.int32))
+            group.create_dataset("offsets", data=offsets.astype(np.int64))
+    write_atomically(path, buffer.getvalue())
 
 
 def _flatten(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int64)
     return np.concatenate(tokens).astype(np.int32), offsets
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -209,10 +233,16 @@ def read_tree(data_dir: str | Path, prompt_index: int) -> Tree:
             soft=record["expected_log_ratio"]["mode"] if "expected_log_ratio" in record else None,
         )
         check_tree(tree)
+        if unknown := set(record) - KEYS:
+            raise ValueError(f"unknown entries {', '.join(sorted(unknown))} in the JSON file")
+        if record["prompt_index"] != prompt_index:
+            raise ValueError(f"the JSON file is that of prompt {record['prompt_index']}")
         if tree.soft:
             expected = expected_log_ratio(tree.parent, tree.log_ratio, tree.soft)
             if not np.allclose(expected, record["expected_log_ratio"]["nodes"], atol=1e-9):
                 raise ValueError("the expected log-ratios are not those of the nodes' log-ratios")
+        if CHECKSUM in record and record[CHECKSUM] != _checksum(record, tree.tokens):
+            raise ValueError("their checksum is not the one that was written; delete the JSON file and collect again")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
@@ -227,13 +257,14 @@ def read_trees(data_dir: str | Path, split: str = "all") -> Iterator[Tree]:
 
 
 def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
-    part = data_dir / "parts" / f"prompt{index}.npy"
-    if part.is_file():
-        offsets, flat = _read_part(part)
-    else:
+    place = data_dir / "parts" / f"prompt{index}.npy"
+    try:
+        offsets, flat = _read_part(place)
+    except FileNotFoundError:  # not there, or moved into the store just now
+        place = data_dir / TOKENS
         with _open(data_dir / TOKENS) as file:
             if f"prompt{index}" not in file:
-                raise DataError(f"{data_dir / TOKENS} has no entry prompt{index}")
+                raise DataError(f"{data_dir / TOKENS} has no entry prompt{index}") from None
             offsets, flat = _read_entry(file, index, data_dir / TOKENS)
     if (
         offsets.ndim != 1
@@ -243,7 +274,6 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
         or offsets[-1] != len(flat)
         or (np.diff(offsets) < 0).any()
     ):
-        place = part if part.is_file() else data_dir / TOKENS
         raise DataError(
             f"{place}: the tokens of prompt {index} are corrupt: offsets do not fit their {flat.size} tokens"
         )
@@ -271,6 +301,8 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         stored = np.load(path, allow_pickle=False)
         count = int(stored[0])
+    except FileNotFoundError:
+        raise
     except (ValueError, OSError, EOFError, IndexError, TypeError) as error:
         raise DataError(
             f"{path} is corrupt ({error}); delete it and its tree's JSON file, and collect again"
@@ -310,32 +342,20 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
     Raises:
         DataError: two different trees of one name, or an unreadable input; nothing is written then.
     """
-    sources: dict[str, Path] = {}
+    entries: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    sources: dict[int, Path] = {}
     for path in map(Path, input_files):
         with _open(path) as file:
-            for name in file:
-                index = _index_of(name, path)
+            for index in (_index_of(name, path) for name in file):
                 entry = _read_entry(file, index, path)
-                if name in sources:
-                    with _open(sources[name]) as other:
-                        theirs = _read_entry(other, index, sources[name])
-                    if not all(map(np.array_equal, entry, theirs)):
-                        raise DataError(
-                            f"{path} and {sources[name]} hold two different trees named {name}; nothing was merged"
-                        )
-                sources.setdefault(name, path)
-    output = Path(output_file)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(output)
-    try:
-        with h5py.File(temporary, "w") as out:
-            for name in sorted(sources, key=lambda n: (len(n), n)):
-                with _open(sources[name]) as file:
-                    file.copy(name, out)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(sources)
+                if index in entries and not all(map(np.array_equal, entry, entries[index])):
+                    raise DataError(
+                        f"{path} and {sources[index]} hold two different trees named prompt{index}; nothing was merged"
+                    )
+                entries[index] = entry
+                sources[index] = path
+    _write_store(Path(output_file), entries)
+    return len(entries)
 
 
 def split_folder(data_dir: str | Path, output_dir: str | Path, num_val: int) -> tuple[int, int]:

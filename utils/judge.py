@@ -8,7 +8,6 @@ a reward model's, as what words alone achieve.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec
+from utils.files import write_atomically
 
 FORMAT = 1
 MAX_WORDS, MIN_TEXTS = 5000, 3
@@ -52,16 +52,12 @@ class Judge:
 
     def save(self, path: str | Path) -> None:
         """JSON, written whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "format": FORMAT,
             "bias": self.bias,
             "weights": dict(zip(self.vocabulary, map(float, self.weight), strict=True)),
         }
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
+        write_atomically(Path(path), json.dumps(record, ensure_ascii=False) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Judge:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from utils import cli
-from utils.hdf5_utils import read_tree, tree_indices, tree_path, value_names, write_structure
+from utils.hdf5_utils import read_tree, tree_indices, update_tree, value_names
 from utils.rewards import RewardSet
 from utils.sharding import Alone, Claims, share
 from utils.trees import Tree, expected_log_ratio
@@ -64,19 +65,23 @@ def label_trees(
         start = 0
         labelled = []
         for tree in trees:
-            leaves = tree.leaves
+            own = {name: scores[name][start : start + len(tree.leaves)] for name in objectives}
+            start += len(tree.leaves)
             if tree.prompt_index in todo:
-                for objective in objectives:
-                    values = np.zeros(len(tree))
-                    values[leaves] = scores[objective][start : start + len(leaves)]
-                    tree = tree.labelled(objective, values)
-                write_structure(tree_path(data_dir, tree.prompt_index), tree)
-                labelled.append(tree)
-            start += len(leaves)
+                labelled.append(update_tree(data_dir, tree.prompt_index, partial(_labelled, rewards=own)))
         written |= todo
         bar.update(len(trees))
         yield from labelled
     bar.close()
+
+
+def _labelled(tree: Tree, rewards: Mapping[str, np.ndarray]) -> Tree:
+    """The tree with the values of its leaves' rewards, {objective: (leaves,)}."""
+    for objective, scores in rewards.items():
+        values = np.zeros(len(tree))
+        values[tree.leaves] = scores
+        tree = tree.labelled(objective, values)
+    return tree
 
 
 def label_softly(data_dir: Path, trees: Sequence[Tree], mode: str) -> list[np.ndarray]:
@@ -84,7 +89,7 @@ def label_softly(data_dir: Path, trees: Sequence[Tree], mode: str) -> list[np.nd
     found = []
     for tree in trees:
         if tree.soft != mode:
-            write_structure(tree_path(data_dir, tree.prompt_index), replace(tree, soft=mode))
+            update_tree(data_dir, tree.prompt_index, lambda now: replace(now, soft=mode))
         found.append(expected_log_ratio(tree.parent, tree.log_ratio, mode))
     return found
 

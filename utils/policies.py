@@ -278,6 +278,7 @@ class _Policy:
     """Rows of texts under one or several language models whose logits are added with weights."""
 
     follows_reference = True  # p_ref is the reference's own probability
+    objectives: tuple[str, ...] = ()  # whose values tilt, for messages
 
     def __init__(self, models: Sequence[nn.Module], mixture: Sequence[float], *, top_k: int, temperature: float):
         if top_k < 1:
@@ -309,7 +310,7 @@ class _Policy:
         """Start with that many empty rows."""
         self.layout = Layout(rows, self.device)
         self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
-        self.p_ref = self.token_ids = None
+        self.p_ref = self.token_ids = self.unsound = None
         # What a policy keeps of each row besides, {name: (B, ...)}: it is forked, loaded, saved and taken with the row.
         self.extras: dict[str, Tensor] = {}
 
@@ -468,14 +469,29 @@ class _Policy:
 
     @torch.inference_mode()
     def distribution(self) -> Step:
-        """The next-token distribution of every row; call it once a step."""
+        """The next-token distribution of every row; call it once a step.
+
+        `unsound` (B, 1 + M) then says of each row whether its distribution, and whether the values of each objective
+        hold a nan or an infinity. It stays on the device: who looks there anyway looks at it too.
+        """
+        self.unsound_values = None
         values = self._values()
         p_tilt = (
             self.p_ref / self.p_ref.sum(-1, keepdim=True)
             if values is None
             else tilting.tilt(self.p_ref, values, self.beta)
         )
+        broken = ~p_tilt.isfinite().all(-1, keepdim=True)  # (B, 1)
+        self.unsound = broken if self.unsound_values is None else torch.cat([broken, self.unsound_values], dim=1)
         return Step(self.token_ids, self.p_ref, p_tilt, values)
+
+    def complaint(self, unsound: Sequence[bool]) -> str:
+        """What a row of `unsound` that is not all false says, in words."""
+        named = [name for name, bad in zip(self.objectives, unsound[1:], strict=True) if bad]
+        if named:
+            return f"the values of {', '.join(named)} are not finite (nan or infinite)"
+        tilted = ", tilted by beta," if self.objectives else ""
+        return f"the reference's probabilities{tilted} are not finite (nan)"
 
     @torch.inference_mode()
     def advance(self, choice: Tensor) -> None:
@@ -517,7 +533,7 @@ class MixturePolicy(_Policy):
     follows_reference = False
 
     def __init__(self, models, weights, *, top_k: int = 15, temperature: float = 1.0):
-        models, weights = _aligned(models, weights, "model")
+        _, models, weights = _aligned(models, weights, "model")
         sizes = [m.get_input_embeddings().num_embeddings for m in models]
         if len(set(sizes)) > 1:
             raise ValueError(f"a mixture's models must share one vocabulary; theirs have {sizes} tokens")
@@ -541,7 +557,7 @@ class RewardGuidedPolicy(MixturePolicy):
     ):
         if not (math.isfinite(arm_beta) and arm_beta > 0):
             raise ValueError(f"arm_beta must be a finite number above 0, got {arm_beta}")
-        models, weights = _aligned(reward_models, weights, "reward model")
+        _, models, weights = _aligned(reward_models, weights, "reward model")
         super().__init__(
             [reference, *models],
             [1.0, *(w / arm_beta for w in weights)],
@@ -570,6 +586,7 @@ class _TiltedPolicy(_Policy):
 
     def _values(self) -> Tensor:
         values = self._objective_values()
+        self.unsound_values = ~values.isfinite().all(-1).T  # (B, M)
         combined = tilting.combine(values, self.weights.to(values.dtype))
         if self.normalization == "none":
             combined = tilting.clip_values(combined, self.beta, self.clip)
@@ -606,7 +623,7 @@ class MavisPolicy(_TiltedPolicy):
         normalization: str = "minmax",
         clip: float | None = tilting.CLIP,
     ):
-        models, weights = _aligned(value_models, weights, "value model")
+        self.objectives, models, weights = _aligned(value_models, weights, "value model")
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
@@ -691,7 +708,7 @@ class CandidatePolicy(MavisPolicy):
 
     def __init__(self, reference, value_models, candidate_heads, weights, **options):
         super().__init__(reference, value_models, weights, **options)
-        heads, _ = _aligned(candidate_heads, weights, "candidate head")
+        _, heads, _ = _aligned(candidate_heads, weights, "candidate head")
         groups = iter(self._order)
         self.candidate_heads = [[heads[next(groups)] for _ in reader.heads] for reader in self.value_readers]
 
@@ -733,7 +750,7 @@ class TokenTablePolicy(_TiltedPolicy):
         normalization: str = "minmax",
         clip: float | None = tilting.CLIP,
     ):
-        tables, weights = _aligned(tables, weights, "token table")
+        self.objectives, tables, weights = _aligned(tables, weights, "token table")
         super().__init__(
             reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
         )
@@ -749,6 +766,8 @@ class PromptTablePolicy(_TiltedPolicy):
 
     `table_of` gives the table (V,) of a prompt's token ids, e.g. the idf of the prompt's own words.
     """
+
+    objectives = ("the prompt's table",)
 
     def __init__(
         self,
@@ -775,8 +794,8 @@ class PromptTablePolicy(_TiltedPolicy):
         return self.extras["table"].gather(1, self.token_ids).unsqueeze(0)  # (1, B, k)
 
 
-def _aligned(things, weights, what: str) -> tuple[list, list[float]]:
-    """Things and weights of the objectives whose weight is not 0, in one order."""
+def _aligned(things, weights, what: str) -> tuple[tuple[str, ...], list, list[float]]:
+    """Names, things and weights of the objectives whose weight is not 0, in one order."""
     if isinstance(weights, Mapping):
         missing = [name for name, w in weights.items() if w != 0 and name not in things]
         if missing:
@@ -795,4 +814,4 @@ def _aligned(things, weights, what: str) -> tuple[list, list[float]]:
     kept = [p for p in pairs if p[2] != 0]
     if not kept:
         raise ValueError(f"every weight is 0: at least one {what} must have a weight")
-    return [thing for _, thing, _ in kept], [float(w) for _, _, w in kept]
+    return tuple(str(n) for n, _, _ in kept), [thing for _, thing, _ in kept], [float(w) for _, _, w in kept]

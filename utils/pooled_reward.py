@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +16,12 @@ import numpy as np
 
 from utils.batching import length_batches
 from utils.cli import DataError, progress
+from utils.files import npy, write_atomically
 
 FORMAT = 1
 CHUNK = 256  # texts whose features are kept together on disk
 HEAD, SETTINGS = "head.safetensors", "head.json"
+CHECKSUM = "checksum"  # of both files, in the second; not in what earlier versions wrote
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class PooledHead:
 
 def save_head(folder: str | Path, head: PooledHead) -> None:
     """Write a head's folder (or replace its two files): weights in safetensors, the rest in JSON, written last."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    weight = save({"weight": head.weight.astype(np.float32)})
     settings = {k: v for k, v in asdict(head).items() if k != "weight"} | {"format": FORMAT}
-    temporary = folder / (HEAD + ".tmp")
-    save_file({"weight": head.weight.astype(np.float32)}, temporary)
-    os.replace(temporary, folder / HEAD)
-    temporary = folder / (SETTINGS + ".tmp")
-    temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / SETTINGS)
+    settings[CHECKSUM] = _checksum(weight, settings)  # a kill between the two files, or a damaged byte, is noticed
+    write_atomically(Path(folder) / HEAD, weight)
+    write_atomically(Path(folder) / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def _checksum(weight: bytes, settings: dict) -> str:
+    return hashlib.sha256(weight + json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def load_head(folder: str | Path, objective: str, made_by: str = "") -> PooledHead:
@@ -70,7 +71,7 @@ def load_head(folder: str | Path, objective: str, made_by: str = "") -> PooledHe
         DataError: it is missing, or does not hold such a head.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     folder = Path(folder)
     hint = f"; make it with: {made_by}" if made_by else ""
@@ -78,9 +79,12 @@ def load_head(folder: str | Path, objective: str, made_by: str = "") -> PooledHe
         raise DataError(f"reward model of {objective}: no {SETTINGS} in {folder}{hint}")
     try:
         settings = json.loads((folder / SETTINGS).read_text())
-        if settings.pop("format") != FORMAT:
+        if settings["format"] != FORMAT:
             raise DataError(f"reward model of {objective}: {folder / SETTINGS} has another format than {FORMAT}{hint}")
-        head = PooledHead(weight=load_file(folder / HEAD)["weight"], **settings)
+        weight, checksum = (folder / HEAD).read_bytes(), settings.pop(CHECKSUM, None)
+        if checksum not in (None, _checksum(weight, settings)):
+            raise ValueError(f"{HEAD} and {SETTINGS} were not written together, or are damaged")
+        head = PooledHead(weight=load(weight)["weight"], **{k: v for k, v in settings.items() if k != "format"})
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
@@ -208,10 +212,7 @@ def cached_features(
         chunk = _read_chunk(path, (len(rows), trunk.config.hidden_size))
         if chunk is None:
             chunk = pooled_features(trunk, rows, pad_id, **options)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, chunk, allow_pickle=False)
-            os.replace(temporary, path)
+            write_atomically(path, npy(chunk))
         chunks.append(chunk)
     return np.concatenate(chunks) if chunks else np.zeros((0, trunk.config.hidden_size), np.float32)
 

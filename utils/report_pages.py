@@ -368,7 +368,7 @@ def write(
 ) -> None:
     """report.md with its figures, report.json and report.html in a folder that is there."""
     for figure in (f for r in reports for f in r.figures):
-        (output_dir / figure.name).write_bytes(figure.png["light"])
+        write_atomically(output_dir / figure.name, figure.png["light"])
     parts = [f"# {title}\n", *map(markdown, reports)]
     if left_out:
         parts.append("## Left out\n\n" + "".join(f"- {text}\n" for text in left_out))

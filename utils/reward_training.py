@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ import torch
 
 from utils import cli, models, pooled_reward
 from utils.config import Config, ObjectiveSpec, RewardTrainingSpec
+from utils.files import write_atomically
 from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
 from utils.preferences import Conversation, LabelledText, Pair, dataset_of, read_labelled, read_pairs
 from utils.rewards import RewardSet, text_before_response
@@ -205,8 +205,11 @@ def train_full(
 ) -> dict:
     """Fine-tune the base's first layers with a scalar head, save a sequence-classification checkpoint, and report.
 
-    Pairs go to TRL's RewardTrainer (Bradley-Terry), labelled texts to transformers' Trainer (binary cross-entropy). The
-    folder appears whole or not at all; a killed run starts again.
+    Pairs go to TRL's RewardTrainer (Bradley-Terry), labelled texts to transformers' Trainer (binary cross-entropy).
+    `output` is to be a folder that is thrown away where this fails (`files.whole_folder`); a killed run starts again.
+
+    Raises:
+        DataError: rewards that are no finite numbers, since the training diverged.
     """
     training = spec.training
     model, tokenizer = models.new_sequence_classifier(
@@ -220,10 +223,8 @@ def train_full(
         truncation=True,
         max_length=limit,
     )["input_ids"]
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     settings = {
-        "output_dir": str(temporary / "trainer"),
+        "output_dir": str(output / "trainer"),
         "per_device_train_batch_size": training.batch_size,
         "learning_rate": training.lr,
         "num_train_epochs": training.num_epochs,
@@ -241,11 +242,11 @@ def train_full(
         model, tokenizer, source, rows, settings
     )
     trainer.train()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(temporary / "trainer", ignore_errors=True)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    shutil.rmtree(output / "trainer", ignore_errors=True)
     trained = dataclasses.replace(
-        spec, kind="classifier", path=str(temporary.absolute()), label=0, sign=1.0, max_length=limit
+        spec, kind="classifier", path=str(output.absolute()), label=0, sign=1.0, max_length=limit
     )
     rewards = RewardSet(
         dataclasses.replace(config, objectives={**config.objectives, spec.name: trained}),
@@ -255,14 +256,7 @@ def train_full(
     )
     conversations, responses = sides(holdout)
     fields = zip(*((c.prompt, c.user, c.shown) for c in conversations), strict=True)
-    try:
-        metrics = accuracy(holdout, rewards.score_texts(*map(list, fields), responses)[spec.name])
-    except cli.DataError:  # rewards that are no numbers: the training diverged
-        shutil.rmtree(temporary)
-        raise
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.rename(output)
-    return metrics
+    return accuracy(holdout, rewards.score_texts(*map(list, fields), responses)[spec.name])
 
 
 def full_text(spec: ObjectiveSpec, conversation: Conversation, response: str, tokenizer) -> str:
@@ -309,9 +303,7 @@ def _label_trainer(model, tokenizer, source, rows, settings):
 
 def write_metrics(output: Path, metrics: dict) -> None:
     """metrics.json, written last: it marks a complete folder."""
-    temporary = output / (METRICS + ".tmp")
-    temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    os.replace(temporary, output / METRICS)
+    write_atomically(output / METRICS, json.dumps(metrics, indent=1) + "\n")
 
 
 def read_metrics(output: Path) -> dict:

@@ -38,7 +38,7 @@ import numpy as np
 import yaml
 
 from utils.cli import DataError
-from utils.files import write_atomically, write_csv
+from utils.files import command_line, write_atomically, write_csv
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 KL_SEARCH, PARTS, CLAIMS = "kl_search.csv", "parts", "claims"
@@ -392,8 +392,11 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
         process = {"pid": os.getpid(), "host": socket.gethostname(), "command": command_line()}
         now = time.time()
         if folder is None:
+            for unborn in parent.glob(f"*-{spec.identity}*"):
+                if not (unborn / ARGUMENTS).exists():  # killed before it was written, which the lock covers
+                    shutil.rmtree(unborn)
             folder, copies = parent / spec.name(now), 1
-            while folder.exists():  # a rerun within the same second, or a folder whose args.yaml was never written
+            while folder.exists():  # a rerun within the same second
                 copies += 1
                 folder = parent / f"{spec.name(now)}-{copies}"
             folder.mkdir()
@@ -485,12 +488,6 @@ def _locked(path: Path):
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def command_line() -> str:
-    import shlex
-
-    return shlex.join(sys.argv)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -6,8 +6,8 @@ prompt: what is left is what decoding can steer. A method that is worth its valu
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import DataError
+from utils.files import write_atomically
 from utils.trees import Tree
 
 L2_GRID = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+CHECKSUM = "sha256"  # of the table, in the file's header; not in what earlier versions wrote
 HOLDOUT = 5  # every fifth prompt chooses the penalty
 
 
@@ -161,13 +163,11 @@ def fit_and_report(
 
 def save_token_table(path: str | Path, table: np.ndarray, report: Mapping | None = None) -> None:
     """One table as safetensors with its report in the header, written whole or not at all."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"table": np.asarray(table, np.float32)}, temporary, metadata={"report": json.dumps(report or {})})
-    os.replace(temporary, path)
+    data = np.asarray(table, np.float32)
+    metadata = {"report": json.dumps(report or {}), CHECKSUM: hashlib.sha256(data.tobytes()).hexdigest()}
+    write_atomically(Path(path), save({"table": data}, metadata=metadata))
 
 
 def load_token_table(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
@@ -176,8 +176,7 @@ def load_token_table(path: str | Path, vocab_size: int | None = None) -> np.ndar
     Raises:
         DataError: no such table, or one of another vocabulary.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
@@ -186,8 +185,11 @@ def load_token_table(path: str | Path, vocab_size: int | None = None) -> np.ndar
             f"--output_dir {path.parent}"
         )
     try:
-        table = load_file(path)["table"]
-    except (SafetensorError, KeyError, OSError) as error:
+        with safe_open(str(path), "numpy") as file:
+            table, checksum = file.get_tensor("table"), (file.metadata() or {}).get(CHECKSUM)
+        if checksum not in (None, hashlib.sha256(table.tobytes()).hexdigest()):
+            raise ValueError("its checksum is not the one that was written")
+    except (SafetensorError, KeyError, OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no token table ({type(error).__name__}: {error})") from error
     if table.ndim != 1 or not np.isfinite(table).all():
         raise DataError(f"{path} is no token table: expected a vector of finite numbers, got shape {table.shape}")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save
 
 from utils.cli import DataError, progress
 from utils.config import TrainingSpec
-from utils.files import write_atomically, write_csv, write_json
+from utils.files import hold, put_in_place, write_atomically, write_csv, write_json
 from utils.policies import pools_mean, without_adapter
 from utils.trees import Tree, expected_log_ratio
 
@@ -588,10 +588,13 @@ def open_output(
         what: is made there, for messages.
 
     Raises:
-        DataError: `output` or its partial folder was made with other settings, or holds something else.
+        DataError: `output` or its partial folder was made with other settings, or holds something else; another
+            process writes there.
     """
     settings = json.loads(json.dumps(settings))
     partial = output.with_name(output.name + ".partial")
+    if main_process:
+        hold(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not (output / METRICS).is_file() or not (output / ARGUMENTS).is_file():
             raise DataError(f"--output_dir {output} exists and holds no {what} of this script; give another folder")
@@ -650,12 +653,7 @@ def publish(partial: Path, output: Path) -> None:
     assert (partial / METRICS).is_file(), partial
     for path in (*partial.glob("*-*.safetensors"), partial / STATE):  # the checkpoint
         path.unlink(missing_ok=True)
-    replaced = output.with_name(output.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(partial, output)
 
 
 def save_adapter(model, folder: Path, metrics: dict) -> None:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils import rivals
 from utils.cli import UsageError, add_common, config_from, found, objectives_of, overridden, report_dry_run, run
 from utils.config import ArmSpec, DatasetSpec, number_problem
+from utils.files import lets_go
 from utils.places import reference_path, reward_rows
 
 PAIRS = ("reward", "preference")
@@ -71,6 +72,7 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> ArmSpec:
     return dataclasses.replace(spec, lora=overridden(spec.lora, args, "lora_", number_problem))
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)

@@ -37,6 +37,7 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, DatasetSpec, PPOSpec, number_problem
+from utils.files import lets_go
 from utils.places import reference_path, reward_rows
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
@@ -149,6 +150,7 @@ def training_spec(args: Namespace, dataset: DatasetSpec, config: Config) -> PPOS
     return spec
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)

@@ -13,12 +13,14 @@ import dataclasses
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli
 from utils.config import number_problem
+from utils.files import hold, lets_go, whole_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -56,6 +58,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output_dir is None:
         training.check_head(config, spec)
     arguments = training.arguments_of(spec.training, args.bf16, args.data_files)
+    hold(output)
     done = training.read_metrics(output)
     if spec.training.head == "full" and training.is_complete(output, arguments, args.rerun):
         print(f"{output} is complete (--rerun trains it again)\n{training.summary(spec.name, done)}")
@@ -91,15 +95,17 @@ def main(argv: list[str] | None = None) -> int:
         f"{spec.name}: {len(source)} training and {len(holdout)} held-out examples"
         + (f"; dropped {dict(dropped)}" if dropped else "")
     )
-    with Tracker(args.wandb, "train_reward_model", f"reward_{spec.name}", arguments) as tracker:
-        metrics = _train(args, config, spec, output, source, holdout, device)
+    # A linear head is two small files, which may stand beside others; all of a model appears at once.
+    written = whole_folder(output) if spec.training.head == "full" else nullcontext(output)
+    with Tracker(args.wandb, "train_reward_model", f"reward_{spec.name}", arguments) as tracker, written as folder:
+        metrics = _train(args, config, spec, folder, source, holdout, device)
         judge, words = training.bag_of_words(source, holdout)
-        tracker.summary({**metrics, "bag_of_words": words, "num_train": len(source)})
-    if spec.training.kind == "preference" and args.output_dir is None:
-        judge.save(judge_path(config, spec.name))  # evaluation logs it beside the reward; no stage trains on it
-    metrics |= {"bag_of_words": words, "num_train": len(source)}
-    metrics |= {"seconds": round(time.monotonic() - started, 1), "arguments": arguments}
-    training.write_metrics(output, metrics)
+        metrics |= {"bag_of_words": words, "num_train": len(source)}
+        tracker.summary(metrics)
+        if spec.training.kind == "preference" and args.output_dir is None:
+            judge.save(judge_path(config, spec.name))  # evaluation logs it beside the reward; no stage trains on it
+        metrics |= {"seconds": round(time.monotonic() - started, 1), "arguments": arguments}
+        training.write_metrics(folder, metrics)
     print(f"{training.summary(spec.name, metrics)}\nsaved {output}")
     return 0
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
 from utils.config import Config
+from utils.files import hold, lets_go, whole_folder
 
 RECORD = "merge.json"  # written last into the merged model's folder: what it was made from
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -103,19 +102,13 @@ def is_complete(folder: Path, made_from: dict, rerun: bool) -> bool:
 
 def write_model(folder: Path, model, tokenizer, made_from: dict) -> None:
     """Model, tokenizer and record, in a folder that appears whole or not at all."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(folder) as part:
         model.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
         (part / RECORD).write_text(json.dumps(made_from, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
@@ -147,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             "give --base_model_name, or train it again"
         )
     made_from = {"base": runs.fingerprint(base), "adapter": runs.fingerprint(adapter), "dtype": args.dtype}
+    hold(output)
     if is_complete(output, made_from, args.rerun):
         print(f"the merged model is complete: {output} (--rerun makes it again)")
         return 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -37,6 +36,7 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, DatasetSpec, SFTSpec
+from utils.files import hold, lets_go, whole_folder
 from utils.places import last_checkpoint
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
@@ -308,9 +308,7 @@ def write_adapter(folder: Path, trainer, tokenizer, settings: dict, record: dict
 
     import yaml
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(folder) as part:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(str(part))
         tokenizer.save_pretrained(str(part))
@@ -321,13 +319,9 @@ def write_adapter(folder: Path, trainer, tokenizer, settings: dict, record: dict
             writer.writerows([row["step"], row["loss"], row["learning_rate"], row.get("grad_norm", "")] for row in rows)
         (part / ARGUMENTS).write_text(yaml.safe_dump(record, sort_keys=False))
         (part / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
+@lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
@@ -353,7 +347,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     files = data.local_files(source, config, args.data_files)
     settings = flat(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
+    hold(folder)
+    checkpoints = folder.with_name(folder.name + ".checkpoints")
     if is_complete(folder, settings, args.rerun):
+        shutil.rmtree(checkpoints, ignore_errors=True)  # killed before they were removed
         print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
 
@@ -364,7 +361,6 @@ def main(argv: list[str] | None = None) -> int:
     from utils import models, runs
     from utils.tracking import Tracker
 
-    checkpoints = folder.with_name(folder.name + ".checkpoints")
     arguments = trainer_arguments(args, spec, checkpoints, device)
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False):
