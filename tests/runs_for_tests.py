@@ -77,6 +77,8 @@ def make_run(
                 row["log_ratio"] = float(kl + 0.3 * rng.normal())
             tokens = 10 + index % 3
             row |= {"reference_log_prob": -20.0, "tokens": tokens, "generated_tokens": tokens * num_samples,
+                    "language_tokens": float(tokens * num_samples), "value_tokens": 15.0 * tokens * (method == "mavis"),
+                    "gflop": tokens * num_samples * (1.5 if method == "mavis" else 0.5),
                     "distinct": 0.8, "finished": trial == 0, "num_candidates": num_samples,
                     "seconds": 0.25 * num_samples + 0.01 * (index % 5)}  # fmt: skip
             rows.append(row)

@@ -9,6 +9,7 @@ import torch
 
 from tests import brute_force
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
+from utils.costs import forward_flops
 from utils.decoding import decode, score_texts
 from utils.policies import MavisPolicy, MixturePolicy, PromptTablePolicy, ReferencePolicy, TokenTablePolicy
 
@@ -447,3 +448,36 @@ def test_settings_that_cannot_tilt_are_refused(kwargs, message):
 def test_a_weight_of_zero_drops_its_value_model():
     policy = MavisPolicy(causal_lm("llama_full"), {"a": value_model("llama_full")}, {"a": 1.0, "b": 0.0}, beta=1.0)
     assert len(policy.value_readers) == 1
+
+
+def test_the_work_of_a_token_is_what_a_step_reads():
+    """Counted by watching the models' forward passes of one step."""
+    reference, values = causal_lm("llama_full"), {"a": value_model("llama_full", 1), "b": value_model("llama_full", 2)}
+    policies = [
+        ReferencePolicy(reference, top_k=6),
+        MixturePolicy([causal_lm("llama_full", 3), reference], [0.5, 0.5], top_k=6),
+        MavisPolicy(reference, values, {"a": 0.5, "b": 0.5}, beta=1.0, top_k=6),
+        MavisPolicy(reference, values, {"a": 0.0, "b": 1.0}, beta=1.0, top_k=6),
+    ]
+    for policy in policies:
+        policy.open(1)
+        policy.load([0], policy.prefill([[5, 6, 7]]))
+        read = {"language_tokens": 0, "value_tokens": 0}
+        hooks = []
+        for kind, readers in (("language_tokens", policy.languages), ("value_tokens", policy.value_readers)):
+            for reader in readers:
+                backbone = getattr(reader.model, reader.model.base_model_prefix)
+
+                def count(module, args, inputs, kind=kind, read=read):
+                    read[kind] += inputs["input_ids"].shape[1]
+
+                hooks.append(backbone.register_forward_pre_hook(count, with_kwargs=True))
+        policy.distribution()
+        policy.advance(torch.tensor([0]))
+        for hook in hooks:
+            hook.remove()
+        work = policy.work()
+        assert {k: work[k] for k in read} == read
+        language = work["language_tokens"] * forward_flops(reference.config, 1, head_tokens=1)
+        value = sum(forward_flops(r.model.config, 6) for r in policy.value_readers)
+        assert work["gflop"] == pytest.approx((language + value) / 1e9)

@@ -97,6 +97,8 @@ def test_every_number_of_the_table_comes_back_from_the_files(world):
         assert row["seconds_per_prompt"] == pytest.approx(samples["seconds"].mean())
         assert row["tokens"] == pytest.approx(samples["tokens"].mean())
         assert row["generated_tokens"] == pytest.approx(n * samples["tokens"].mean())
+        for what in ("language_tokens", "value_tokens", "gflop"):
+            assert row[what] == pytest.approx(samples[what].mean())
         assert row["distinct"] == pytest.approx(samples["distinct"].mean())
         assert row["reference_log_prob"] == pytest.approx((samples["reference_log_prob"] / samples["tokens"]).mean())
         assert row["finished"] == pytest.approx(samples["finished"].mean())

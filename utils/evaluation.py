@@ -123,6 +123,7 @@ class Method:
             its models are loaded when the point's turn comes.
         num_samples: candidates per answer (best of N).
         shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
+        beams_per_candidate: rows that are decoded for each candidate that comes out.
         kl_added: see RunSpec.
     """
 
@@ -135,6 +136,7 @@ class Method:
     num_samples: int = 1
     own_model: bool = False
     shares_candidates: bool = False
+    beams_per_candidate: float = 1.0
     kl_added: float = 0.0
 
 
@@ -211,6 +213,7 @@ def evaluate(
     chunk: int = 128,
     num_candidates: int = 1,
     extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
+    work: Mapping[str, float] | None = None,
 ) -> None:
     """Answer every prompt `num_trials` times and write each answer's row; rows that the run has are left as they are.
 
@@ -227,6 +230,7 @@ def evaluate(
         chunk: answers between two writes.
         num_candidates: completions per answer, for the progress bar.
         extra: further scorers of (prompts, responses), logged and never used to choose.
+        work: what each generated token takes (`_Policy.work`), counted for each answer.
     """
     done = run.done
     todo = [(i, t) for i in prompts for t in range(num_trials) if (i, t) not in done]
@@ -243,6 +247,7 @@ def evaluate(
             seed=seed,
             track_kl=track_kl,
             extra=extra,
+            work=work,
             bar=bar,
         )
         run.append(rows)
@@ -261,6 +266,7 @@ def answer_part(
     seed: int,
     track_kl: bool,
     extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
+    work: Mapping[str, float] | None = None,
     bar=None,
 ) -> list[dict]:
     """Lines of samples.jsonl for answers (prompt index, trial) that are decoded together; arguments as in `evaluate`.
@@ -278,10 +284,11 @@ def answer_part(
     candidates = generate([tokens[i] for i, _ in part], keys, tick)
     # Decoding alone, shared by the answers that were decoded together.
     seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
-    return pick(part, candidates, prompts, to_text, score, weights, seconds / len(part), track_kl, extra or {})
+    seconds /= len(part)
+    return pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra or {}, work or {})
 
 
-def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra) -> list[dict]:
+def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra, work) -> list[dict]:
     """Lines of samples.jsonl: the best candidate of each (index, trial), by weighted reward."""
     from utils.decoding import LOG_RATIO_DECIMALS
 
@@ -310,9 +317,11 @@ def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, 
             row["log_ratio"] = round(float(answer.log_ratio), LOG_RATIO_DECIMALS)
         if not math.isnan(answer.reference_log_prob):
             row["reference_log_prob"] = round(float(answer.reference_log_prob), LOG_RATIO_DECIMALS)
+        generated = sum(len(c.token_ids) for c in candidates[n])
         row |= {
             "tokens": len(answer.token_ids),
-            "generated_tokens": sum(len(c.token_ids) for c in candidates[n]),
+            "generated_tokens": generated,
+            **{what: round(generated * per_token, 3) for what, per_token in work.items()},
             "distinct": distinct_ratio(answer.token_ids),
             "finished": bool(answer.finished),
             "num_candidates": len(candidates[n]),
@@ -444,6 +453,7 @@ class Loaded:
     generate: Generate
     to_text: Callable[[Sequence[int]], str]
     score: Score
+    work: dict[str, float]  # of a token that comes out, see `_Policy.work`
 
 
 def load(settings: Settings, method: Method, models: Models) -> Loaded:
@@ -484,7 +494,12 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
         )
     if method.shares_candidates:
         generate = models.once("candidates", lambda own=generate: Remembered(own))
-    return Loaded(encode, generate, lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(), models.score)
+    work = {what: method.beams_per_candidate * each for what, each in policy.work().items()}
+
+    def to_text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    return Loaded(encode, generate, to_text, models.score, work)
 
 
 def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], Method]) -> int:
@@ -595,6 +610,7 @@ def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[
         chunk=chunk_size(settings, method),
         num_candidates=method.num_samples,
         extra=models.judges,
+        work=loaded.work,
     )
     figures = run.finish()
     if settings.wandb:
@@ -712,7 +728,7 @@ def answer_texts(points: Sequence[Settings], methods: Sequence[Method]) -> None:
         encoded = loaded.encode(prompts)
         candidates = loaded.generate([encoded[i] for i, _ in part], keys, None)
         weights, track = settings.weights, settings.track_kl
-        rows.append(pick(part, candidates, prompts, loaded.to_text, loaded.score, weights, 0.0, track, {}))
+        rows.append(pick(part, candidates, prompts, loaded.to_text, loaded.score, weights, 0.0, track, {}, {}))
     several = len(points) > 1  # then what they share comes first, and each answer says its point
     shared = [f"{k} {v}" for k, v in methods[0].series.items() if not several or k != "beta"]
     own = [] if several else [describe_weights(first.weights) or "no weights"]

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils import tilting
+from utils.costs import forward_flops
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,28 @@ class _Policy:
     @property
     def readers(self) -> list[CachedModel]:
         return self.languages + self.value_readers
+
+    @property
+    def value_tokens(self) -> int:
+        """Tokens that a value model reads for each new token of a text."""
+        return self.top_k
+
+    def work(self) -> dict[str, float]:
+        """What one new token of a text takes: tokens that all language models and all value models read, and GFLOP.
+
+        The attention to what was read before is left out, and so are an adapter's products. No GFLOP for an
+        architecture that `costs` does not know.
+        """
+        tokens = {
+            "language_tokens": float(len(self.languages)),
+            "value_tokens": float(len(self.value_readers) * self.value_tokens),
+        }
+        try:
+            flops = sum(forward_flops(r.model.config, 1, head_tokens=1) for r in self.languages)
+            flops += sum(forward_flops(r.model.config, self.value_tokens) for r in self.value_readers)
+        except (ValueError, AttributeError):
+            return tokens
+        return tokens | {"gflop": flops / 1e9}
 
     # ------------------------------------------------------------------------------------------------------- rows
 
@@ -711,6 +734,10 @@ class CandidatePolicy(MavisPolicy):
         _, heads, _ = _aligned(candidate_heads, weights, "candidate head")
         groups = iter(self._order)
         self.candidate_heads = [[heads[next(groups)] for _ in reader.heads] for reader in self.value_readers]
+
+    @property
+    def value_tokens(self) -> int:
+        return 1
 
     def _extras_of(self, prompts, states, begun):
         ends = {f"state {i}": x[:, -1] for i, x in enumerate(states)}  # (B, H) each

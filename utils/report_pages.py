@@ -30,6 +30,11 @@ MAIN_NOTE = (
     "of this section and better in one. The intervals are each row's alone; rows on the same prompts are compared by "
     "the paired differences below."
 )
+WORK_NOTE = (
+    "Tokens that language models and value models read for one answer, all its candidates and beams counted, and the "
+    "operations of these passes; the reading of the prompt, the attention to what was read before, and the reward "
+    "models that choose among candidates are left out."
+)
 SEEDS_NOTE = (
     "Spread over seeds: the standard deviation of the seeds' means, over the prompts that all seeds of a row answered."
 )
@@ -106,6 +111,28 @@ def main_table(report: SectionReport) -> Table:
             ]
         )
     return Table("Points", MAIN_NOTE, header, body)
+
+
+def work_table(report: SectionReport) -> Table:
+    """What decoding an answer takes, and what that is of the least that any point takes."""
+    rows = [r for r in report.rows if math.isfinite(r["language_tokens"])]
+    least = min((r["gflop"] for r in rows if math.isfinite(r["gflop"])), default=math.nan)
+    body = [
+        [
+            r["series"],
+            describe_weights(r["weights"]) or "-",
+            number(r["language_tokens"], 0),
+            number(r["value_tokens"], 0),
+            number(r["gflop"], 1),
+            number(r["gflop"] / least, 1),
+            number(r["seconds_per_prompt"]),
+            *(number(r["rewards"][o]["mean"]) for o in report.section.objectives),
+            kl_text(r),
+        ]
+        for r in rows
+    ]
+    header = ["method", "weights", "language tokens", "value tokens", "GFLOP", "x least", "s/prompt"]
+    return Table("Work of an answer", WORK_NOTE, [*header, *report.section.objectives, "KL"], body)
 
 
 def seeds_table(report: SectionReport) -> Table:
@@ -191,6 +218,7 @@ def tables_of(report: SectionReport) -> list[Table]:
     note = "Paired on the prompts that both answered; wins, ties and losses count prompts."
     tables = [
         main_table(report),
+        work_table(report),
         seeds_table(report),
         hypervolume_table(report),
         hypervolume_pairs_table(report),

@@ -49,6 +49,7 @@ from utils.runs import (
 )
 
 GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
+WORK = ("language_tokens", "value_tokens", "gflop")  # and what they took; runs from before it was counted lack it
 ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them
 WEIGHTED = "weighted reward"
 
@@ -141,7 +142,7 @@ class Point:
     @property
     def scores(self) -> list[str]:
         """Columns that are rewards or an independent judge's scores."""
-        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED)]
+        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED, *WORK)]
 
     @property
     def samples(self) -> dict[int, list[dict]]:
@@ -195,7 +196,8 @@ def read_run(folder: Path, arguments: dict) -> RunRecord:
     if list(table.index) != sorted(arguments["indices"]):
         raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
     samples = read_samples(folder)
-    tokens = pd.DataFrame([(s["index"], s[GENERATED]) for s in samples], columns=["index", GENERATED])
+    columns = ["index", GENERATED, *(w for w in WORK if all(w in s for s in samples))]
+    tokens = pd.DataFrame([[s[c] for c in columns] for s in samples], columns=columns)
     return RunRecord(folder, arguments, samples, table.join(tokens.groupby("index").mean()))
 
 
@@ -478,6 +480,7 @@ def point_rows(section: Section) -> list[dict]:
             "seconds_per_prompt": point.mean("seconds"),
             "tokens": point.mean("tokens"),
             "generated_tokens": point.mean(GENERATED),
+            **{what: point.mean(what) for what in WORK},
             "distinct": point.mean("distinct"),
             "reference_log_prob": point.mean("reference_log_prob"),
             "finished": point.mean("finished"),

@@ -163,6 +163,7 @@ def take_parts(
                     seed=place.settings.seed,
                     track_kl=place.settings.track_kl,
                     extra=models().judges,
+                    work=policy.work,
                     bar=bar,
                 )
                 write_atomically(part_path(place.folder, name), as_lines(rows))

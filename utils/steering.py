@@ -34,8 +34,9 @@ def steering_method(
     series: dict[str, Any] | None = None,
     generator: Callable | None = None,
     num_samples: int = 1,
+    beams_per_candidate: float = 1.0,
 ) -> Method:
-    """The evaluation method of a MAVIS policy at a point; `series` and `generator` as in `Method`.
+    """The evaluation method of a MAVIS policy at a point; the others as in `Method`.
 
     Raises:
         UsageError: no weights, nothing that says how strong the tilt is, or iterations that do not fit the weights.
@@ -87,4 +88,5 @@ def steering_method(
         checkpoints={f"value model of {objective}": checkpoint(objective) for objective in iterations},
         generator=generator,
         num_samples=num_samples,
+        beams_per_candidate=beams_per_candidate,
     )
