@@ -124,7 +124,7 @@ def test_drawn_trees_have_exactly_the_segments_of_trees_that_are_grown(shape):
         assert not drawn.finished.any()
 
 
-def test_the_tokens_of_the_tiny_worlds_trees_are_counted_exactly_and_expected_about_right(rival_world, tmp_path, capsys):
+def test_tokens_of_the_tiny_worlds_trees_are_counted_exactly_and_expected_about_right(rival_world, tmp_path, capsys):
     """Exactly: what collection, labelling and training read of real trees. About: what the model expects of a world of
     which it knows the lengths of prompts and answers alone, within a fifth; answers do not end at a constant rate."""
     import get_data_base
