@@ -463,7 +463,11 @@ def check(folder: Path = MEASURED) -> dict:
     rows.append(("predicted", "tokens of paths over tokens of trees (a ratio)", fit["training_ratio"],
                  fit["tokens_ratio"]))  # fmt: skip
     return {
-        "device": {"name": cpu.name, "operations_per_second": cpu.rate, "bytes_per_second": cpu.bandwidth},
+        "device": {
+            "name": cpu.name,
+            "operations_per_second": round(cpu.rate),
+            "bytes_per_second": round(cpu.bandwidth),
+        },
         "rows": [
             {
                 "kind": k,
@@ -542,10 +546,12 @@ def main(argv: list[str] | None = None) -> int:
 def figures(work: Work, gpu: Device) -> dict[str, float]:
     """A stage's numbers, and where its hours go."""
     hours = {name: seconds / 3600 for name, seconds in gpu.parts(work).items()}
-    return {
+    found = {
         "tokens": work.tokens, "flops": work.flops + work.flops32, "bytes_moved": work.bytes,
-        "bytes_on_disk": work.disk, "gpu_hours": sum(hours.values()), "hours_of": hours,
+        "bytes_on_disk": work.disk, "gpu_hours": sum(hours.values()),
     }  # fmt: skip
+    rounded = [{name: float(f"{x:.6g}") for name, x in part.items()} for part in (found, hours)]
+    return {**rounded[0], "hours_of": rounded[1]}
 
 
 def print_tables(record: dict) -> None:
