@@ -4,8 +4,8 @@
     python get_data_base.py START NUM --dataset anthropic
 
 grows the trees of prompts START .. START + NUM - 1 of the train split into <workspace>/tree_data/<dataset>/iter_0.
-Killed, the same command goes on where it stopped; several processes may fill one folder with disjoint ranges. The shape
-of the trees is the configuration's unless it is given.
+Killed, the same command goes on where it stopped. Several processes (accelerate launch) share a range, and others may
+fill the folder with other ranges: docs/scale.md. The shape of the trees is the configuration's unless it is given.
 """
 
 from __future__ import annotations

@@ -102,9 +102,11 @@ def test_every_stage_takes_the_shared_arguments():
 
 
 def commands_in(text):
-    """(script, words) of each `python script.py ...` in a text; a shell's variables stand for themselves."""
+    """(script, words) of each `python script.py ...` in a text, also launched or given to a job script; a shell's
+    variables stand for themselves."""
     text = re.sub(r"\\\n\s*", " ", text)
-    for match in re.finditer(r"(?:python|accelerate launch)\s+((?:[\w./]+/)?\w+\.py)\b([^\n`|;&)]*)", text):
+    by = r"(?:python|accelerate launch(?: --\w+(?: [^\s-]\S*)?)*|\S+\.sbatch)"
+    for match in re.finditer(by + r"\s+((?:[\w./]+/)?\w+\.py)\b([^\n`|;&)]*)", text):
         if match[1] in SCRIPTS:
             yield match[1], match[2].split("#")[0].split("...")[0].rstrip(" ,.")
 
@@ -125,6 +127,8 @@ def test_every_flag_of_a_written_command_exists(document):
 
 def test_written_commands_are_found():
     assert len([c for d in documents() for c in commands_in((REPOSITORY / d).read_text())]) > 60
+    launched = "accelerate launch --multi_gpu --num_processes 8 mavis.py --beta 4"
+    assert list(commands_in(launched)) == [("mavis.py", " --beta 4")]
     assert list(commands_in("run `python mavis.py --beta 4 \\\n  --x`, or not")) == [("mavis.py", " --beta 4  --x")]
 
 

@@ -216,6 +216,7 @@ EVALUATIONS = [
     ["mavis", "--obj_weights", "1", "--obj_weights", "0.25,0.75", "--beta", "2", "--batch_size", "1"],
     ["baseline_eval", "--num_samples", "3", "--obj_weights", "1", "--obj_weights", ",,1"],
     ["mavis_bs", "--obj_weights", "1", "--beta", "2", "--Q", "2", "--batch_size", "1"],
+    ["baseline_eval_KL", "--batch_size", "1"],
 ]
 MEASURED = ("seconds",)
 
@@ -252,8 +253,10 @@ def stages(script, prompts=13):
     trees = str(script.workspace / "trees")
     collect = ["get_data_base", "0", str(prompts), *TREES, "--output_dir", trees, "--chunk", "2"]
     label = ["label_tree", trees, "all", "--chunk", "3"]
+    steered = ["get_data_iter", "0", str(prompts), "low", *TREES, "--beta", "2", "--chunk", "4"]
+    steered += ["--output_dir", str(script.workspace / "trees" / "steered")]
     more = ["--num_prompts", str(prompts)]
-    return [[*s, *common(script)] for s in (collect, label, *([*e, *more] for e in EVALUATIONS))]
+    return [[*s, *common(script)] for s in (collect, label, *([*e, *more] for e in EVALUATIONS), steered)]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +286,11 @@ def outputs(script):
     return found
 
 
+def collected(found):
+    """Of `outputs`, the trees of the reference."""
+    return {k: v for k, v in found.items() if k.startswith("trees/") and not k.startswith("trees/steered/")}
+
+
 def launch(folder, world_size, commands, *, timeout=240):
     """Run commands, each by all processes, under `accelerate launch`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,8 +306,8 @@ def test_two_launched_processes_make_the_bytes_of_one(world, alone, tmp_path):
     script = workspace(world, tmp_path / "ws")
     done = launch(tmp_path / "launch", 2, stages(script))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert outputs(script) == alone and len(alone) == 13 + 2 + 2 * 5
-    assert done.stdout.count("process 0 of 2: ") == 1 and done.stdout.count("means (and") == 2, "one process prints"
+    assert outputs(script) == alone and len(alone) == 2 * (13 + 2) + 2 * 6
+    assert done.stdout.count("process 0 of 2: ") == 2 and done.stdout.count("means (and") == 2, "one process prints"
 
 
 @pytest.mark.slow
@@ -379,7 +387,7 @@ def test_interrupted_processes_are_completed_by_any_number_of_others(world, alon
         assert (trees / "claims").is_dir()
         assert main(name[1:]) == 0
         assert not (trees / "claims").exists() and not (trees / "parts").exists()
-    assert {k: v for k, v in outputs(script).items()} == {k: v for k, v in alone.items() if k.startswith("trees/")}
+    assert outputs(script) == collected(alone)
 
 
 def test_a_split_by_hand_makes_the_bytes_of_one(world, alone, tmp_path, monkeypatch):
@@ -392,10 +400,10 @@ def test_a_split_by_hand_makes_the_bytes_of_one(world, alone, tmp_path, monkeypa
             assert get_data_base.main(["5", "8", *argv[2:]]) == 0
     assert get_data_base.main(["0", "5", *argv[2:], "--chunk", "64"]) == 0
     assert label_tree.main(stages(script)[1][1:]) == 0
-    assert outputs(script) == {k: v for k, v in alone.items() if k.startswith("trees/")}
+    assert outputs(script) == collected(alone)
 
 
-@pytest.mark.parametrize("number", range(3), ids=[e[0] for e in EVALUATIONS])
+@pytest.mark.parametrize("number", range(len(EVALUATIONS)), ids=[e[0] for e in EVALUATIONS])
 def test_an_evaluation_is_completed_by_any_number_of_processes(world, alone, tmp_path, monkeypatch, number):
     import utils.shared_evaluation
 
