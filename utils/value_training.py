@@ -653,6 +653,7 @@ def publish(partial: Path, output: Path) -> None:
     assert (partial / METRICS).is_file(), partial
     for path in (*partial.glob("*-*.safetensors"), partial / STATE):  # the checkpoint
         path.unlink(missing_ok=True)
+    shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # a library's trainer's
     put_in_place(partial, output)
 
 
