@@ -250,7 +250,7 @@ def node(tokens, *children, **more):
 @pytest.mark.parametrize(
     ("root", "names", "said"),
     [
-        (node([1], node([2], {"text": "x"})), {}, r"node 2: the node has no tokens; tokens .* as tokens, .*has: text \(str\)"),
+        (node([1], node([2], {"text": "x"})), {}, r"node 2: the node has no tokens; .* as tokens, .*has: text \(str\)"),
         (node([1], node("abc")), {}, "no list of token ids"),
         (node([1], node([1.5])), {}, "no list of token ids"),
         (node([1], node([-1])), {}, "no list of token ids"),
