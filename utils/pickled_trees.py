@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -330,6 +331,13 @@ STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
 }  # fmt: skip
 
 
+def _opcodes(data: bytes):
+    """`pickletools.genops`, without its warnings of strange escapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield from pickletools.genops(data)
+
+
 def read_pickle(data: bytes, name: str = "the pickle") -> Any:
     """The plain data of a pickle, of any protocol; nothing is imported, called or executed.
 
@@ -340,7 +348,7 @@ def read_pickle(data: bytes, name: str = "the pickle") -> Any:
         raise DataError(f"{name} has {len(data)} bytes, more than {MAX_BYTES}; split it")
     machine, operation, position = _Machine(), "its start", 0
     try:
-        for count, (opcode, argument, place) in enumerate(pickletools.genops(data)):
+        for count, (opcode, argument, place) in enumerate(_opcodes(data)):
             operation, position = opcode.name, place
             if count >= MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES} opcodes")

@@ -194,7 +194,7 @@ def read_run(folder: Path, arguments: dict) -> RunRecord:
     """
     try:
         table = pd.read_csv(folder / REWARDS, index_col="index")
-    except (ValueError, KeyError) as error:  # also what cannot be parsed or decoded
+    except (ValueError, KeyError, TypeError, IndexError) as error:  # whatever the parser makes of a damaged file
         raise DataError(f"{folder / REWARDS} is no readable CSV: {' '.join(str(error).split())}") from None
     if list(table.index) != sorted(arguments["indices"]):
         raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
