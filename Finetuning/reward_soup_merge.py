@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import rivals
 from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
 from utils.files import hold, lets_go, whole_folder
+from utils.places import check_adapter_folder, record_checksum
 
 
 def build_parser() -> ArgumentParser:
@@ -81,6 +82,7 @@ def write_adapter(output: Path, adapter_config: dict, tensors: dict, record: dic
         (part / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / rivals.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        record_checksum(part)
 
 
 def is_complete(output: Path, made_from: dict, rerun: bool) -> bool:
@@ -110,7 +112,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from utils import soups
-    from utils.places import check_adapter_folder
     from utils.runs import fingerprint
 
     for folder, made_by in folders.items():

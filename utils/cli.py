@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -68,6 +69,21 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (known := _library_os_error(error)) is None:
+            raise
+        return _fail(known, 1)
+
+
+def _library_os_error(error: Exception) -> OSError | None:
+    """What a library that writes files outside Python (safetensors, tokenizers, torch) says of the system's errors."""
+    if found := re.search(r"(.*?)\s*\(os error (\d+)\)", str(error), re.DOTALL):
+        return OSError(int(found[2]), f"{os.strerror(int(found[2]))} (a model, adapter or tokenizer file)")
+    if re.search(r"PytorchStreamWriter|iostream error", str(error)):
+        return OSError(
+            f"a checkpoint's file could not be written ({' '.join(str(error).split())[:120]}); is the disk full?"
+        )
+    return None
 
 
 def _fail(error: Exception, status: int) -> int:

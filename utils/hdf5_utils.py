@@ -130,7 +130,7 @@ def consolidate(data_dir: Path) -> int:
     if not target.exists():
         return 0
     with _open(target) as file:
-        return len([_index_of(name, target) for name in file])
+        return len(_indices_of(file, target))
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _rewrite(target: Path, parts: dict[int, Path]) -> None:
         entries = {
             # The old ones are written anew, not copied: the file's bytes then do not tell how often it was interrupted.
             index: _read_part(parts[index]) if index in parts else _read_entry(old, index, target)
-            for index in sorted({_index_of(name, target) for name in old} | set(parts))
+            for index in sorted(_indices_of(old, target) | set(parts))
         }
     _write_store(target, entries)
 
@@ -263,9 +263,7 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
     except FileNotFoundError:  # not there, or moved into the store just now
         place = data_dir / TOKENS
         with _open(data_dir / TOKENS) as file:
-            if f"prompt{index}" not in file:
-                raise DataError(f"{data_dir / TOKENS} has no entry prompt{index}") from None
-            offsets, flat = _read_entry(file, index, data_dir / TOKENS)
+            offsets, flat = _read_entry(file, index, place)
     if (
         offsets.ndim != 1
         or flat.ndim != 1
@@ -280,6 +278,15 @@ def _read_tokens(data_dir: Path, index: int) -> list[np.ndarray]:
     return [flat[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
+def _indices_of(file: h5py.File | Mapping, path: Path) -> set[int]:
+    """The prompts of an open token store."""
+    try:
+        names = list(file)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is a damaged HDF5 file ({' '.join(str(error).split())})") from error
+    return {_index_of(name, path) for name in names}
+
+
 def _index_of(name: str, path: Path) -> int:
     """The prompt of an entry of a token store."""
     number = name.removeprefix("prompt")
@@ -290,9 +297,14 @@ def _index_of(name: str, path: Path) -> int:
 
 def _read_entry(file: h5py.File, index: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and tokens of one prompt in an open token store."""
+    name = f"prompt{index}"
     try:
-        group = file[f"prompt{index}"]
+        if name not in file:
+            raise DataError(f"{path} has no entry {name}")
+        group = file[name]
         return group["offsets"][:], group["tokens"][:]
+    except DataError:
+        raise
     except (KeyError, OSError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: entry prompt{index} is corrupt or foreign ({error})") from error
 
@@ -346,7 +358,7 @@ def merge_hdf5_files(input_files: Sequence[str | Path], output_file: str | Path)
     sources: dict[int, Path] = {}
     for path in map(Path, input_files):
         with _open(path) as file:
-            for index in (_index_of(name, path) for name in file):
+            for index in sorted(_indices_of(file, path)):
                 entry = _read_entry(file, index, path)
                 if index in entries and not all(map(np.array_equal, entry, entries[index])):
                     raise DataError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import DataError, found
 from utils.config import Config, DatasetSpec, ObjectiveSpec
+from utils.files import write_json
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+RECORD = "metrics.json"  # beside an adapter: what it was made from
+CHECKSUM = "adapter_checksum"  # in it; not in what earlier versions wrote
 
 
 def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
@@ -27,15 +33,37 @@ def value_model_folder(config: Config, value_model_dir: str | Path | None, itera
 
 
 def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
-    """Raise a DataError unless `folder` holds a PEFT adapter in safetensors."""
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+    """Raise a DataError unless `folder` holds a PEFT adapter in safetensors, undamaged where it says what it was."""
+    missing = [n for n in ADAPTER if not (folder / n).is_file()]
     if missing:
         hint = f"; make it with: {made_by}" if made_by else ""
         raise DataError(f"{what}: no {' and no '.join(missing)} in {folder}{hint}")
     try:
-        json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text())
     except ValueError:
-        raise DataError(f"{what}: {folder / 'adapter_config.json'} is not JSON") from None
+        config = None
+    if not isinstance(config, dict):
+        raise DataError(f"{what}: {folder / 'adapter_config.json'} is not JSON")
+    try:
+        recorded = json.loads((folder / RECORD).read_text()).get(CHECKSUM)
+    except (OSError, ValueError, AttributeError):  # an adapter from elsewhere
+        recorded = None
+    if recorded not in (None, adapter_checksum(folder)):
+        raise DataError(f"{what}: the adapter in {folder} is not the one that {RECORD} was written for: it is damaged")
+
+
+def adapter_checksum(folder: Path) -> str:
+    """Of an adapter's weights and its configuration."""
+    digest = hashlib.sha256()
+    for name in ADAPTER:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def record_checksum(folder: Path) -> None:
+    """Put an adapter's checksum into its metrics.json, so that a damaged byte is noticed where it is loaded."""
+    record = json.loads((folder / RECORD).read_text())
+    write_json(folder / RECORD, record | {CHECKSUM: adapter_checksum(folder)})
 
 
 def training_command(config: Config, spec: ObjectiveSpec) -> str:

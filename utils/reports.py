@@ -44,6 +44,7 @@ from utils.runs import (
     SUMMARY,
     describe_weights,
     mean_and_error,
+    per_prompt,
     read_arguments,
     read_samples,
 )
@@ -192,10 +193,20 @@ def read_run(folder: Path, arguments: dict) -> RunRecord:
     Raises:
         DataError: rewards.csv has other prompts than args.yaml says.
     """
-    table = pd.read_csv(folder / REWARDS, index_col="index")
+    try:
+        table = pd.read_csv(folder / REWARDS, index_col="index")
+    except (ValueError, KeyError, TypeError, IndexError) as error:  # whatever the parser makes of a damaged file
+        raise DataError(f"{folder / REWARDS} is no readable CSV: {' '.join(str(error).split())}") from None
     if list(table.index) != sorted(arguments["indices"]):
         raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
     samples = read_samples(folder)
+    means = pd.DataFrame(per_prompt(samples)).set_index("index") if samples else table.iloc[:0]
+    same = list(table.columns) == list(means.columns) and len(table) == len(means)
+    same = same and all(d.kind in "fiub" for d in table.dtypes)
+    if not same or not np.allclose(table.astype(float), means.astype(float), rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise DataError(
+            f"{folder / REWARDS} does not hold the means of {SAMPLES}: one of them was changed or is damaged"
+        )
     columns = ["index", GENERATED, *(w for w in WORK if all(w in s for s in samples))]
     tokens = pd.DataFrame([[s[c] for c in columns] for s in samples], columns=columns)
     return RunRecord(folder, arguments, samples, table.join(tokens.groupby("index").mean()))

@@ -18,11 +18,8 @@ from pathlib import Path
 
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec
-from utils.places import check_adapter_folder, reference_path
+from utils.places import RECORD, check_adapter_folder, reference_path
 from utils.runs import describe_weights
-
-RECORD = "metrics.json"  # beside an adapter: what it was made from
-
 
 # -------------------------------------------------------------------------------------------------------------- places
 

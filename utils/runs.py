@@ -43,6 +43,18 @@ from utils.files import command_line, write_atomically, write_csv
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 KL_SEARCH, PARTS, CLAIMS = "kl_search.csv", "parts", "claims"
 FOLDER_PATIENCE = 600.0  # seconds that a process waits for the run folder that the first one makes
+IDENTIFYING = (
+    "kind", "dataset", "method", "weights", "series", "indices", "num_trials", "arguments", "determining",
+)  # fmt: skip
+ARGUMENT_TYPES = {
+    "kind": (str,), "method": (str,), "dataset": (str,), "objectives": (list,), "weights": (dict,), "series": (dict,),
+    "num_trials": (int,), "indices": (list,), "arguments": (dict,), "kl_added": (float, int), "started": (float, int),
+    "process": (dict,), "configuration": (dict,), "resumed": (list,),
+}  # fmt: skip
+SAMPLE_TYPES = {
+    "index": (int,), "trial": (int,), "prompt": (str,), "response": (str,), "rewards": (dict,), "tokens": (int,),
+    "generated_tokens": (int,), "seconds": (float, int), "finished": (bool,),
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 # Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
 MEASURES = ("log_ratio", "seconds", "tokens", "distinct", "reference_log_prob", "finished")
@@ -230,13 +242,7 @@ class RunSpec:
 
     @property
     def identity(self) -> str:
-        return identity(
-            {
-                "kind": self.kind, "dataset": self.dataset, "method": self.method, "weights": self.weights,
-                "series": self.series, "indices": list(self.indices), "num_trials": self.num_trials,
-                "arguments": self.arguments, "determining": self.determining,
-            }
-        )  # fmt: skip
+        return identity({name: getattr(self, name) for name in IDENTIFYING})
 
     def name(self, when: float) -> str:
         """The folder's name: method, weights, time to the second, identity."""
@@ -502,28 +508,74 @@ def parse_samples(text: str, file: Path) -> list[dict]:
     samples = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            samples.append(json.loads(line))
-        except ValueError as error:
+            sample = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number} is not JSON ({error}); delete that line to go on") from None
+        problem = _sample_problem(sample)
+        if not problem and samples and sample["rewards"].keys() != samples[0]["rewards"].keys():
+            problem = f"other rewards than the first line ({', '.join(samples[0]['rewards'])})"
+        if problem:
+            raise DataError(f"{file}, line {number} is damaged: {problem}; delete that line to go on")
+        samples.append(sample)
     return samples
+
+
+def _sample_problem(sample) -> str:
+    """What a line of samples.jsonl lacks, or ""."""
+    if not isinstance(sample, dict):
+        return "no JSON object"
+    for name, kinds in SAMPLE_TYPES.items():
+        if type(sample.get(name)) not in kinds:
+            return f"no {name} that is a {kinds[0].__name__}"
+    scores = {f"reward {k}": v for k, v in sample["rewards"].items()}
+    extra = sample.get("extra", {})
+    if not isinstance(extra, dict) or not scores:
+        return "no scores"
+    numbers = scores | extra | {name: sample[name] for name in (*MEASURES, "generated_tokens") if name in sample}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"{name} is no finite number"
+    return ""
 
 
 def read_samples(folder: str | os.PathLike) -> list[dict]:
     """The lines of a folder's samples.jsonl."""
     file = Path(folder) / SAMPLES
-    return parse_samples(file.read_text(encoding="utf-8"), file)
+    return parse_samples(_text(file), file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is damaged: no UTF-8 text at byte {error.start}") from None
 
 
 def read_arguments(folder: str | os.PathLike) -> dict:
     """A folder's args.yaml."""
     file = Path(folder) / ARGUMENTS
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(_text(file))
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise DataError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{file} is not readable YAML: {error}") from None
     if not isinstance(data, dict) or "identity" not in data:
         raise DataError(f"{file} is not a run's args.yaml")
+    for name, kinds in ARGUMENT_TYPES.items():
+        if type(data.get(name)) not in kinds:
+            raise DataError(f"{file} is damaged: no {name} that is a {kinds[0].__name__}")
+    if "determining" in data and data["identity"] != _identity_of(data):
+        raise DataError(f"{file} was changed after the run, or is damaged: its identity is not that of its entries")
     return data
+
+
+def _identity_of(arguments: Mapping) -> str:
+    """`RunSpec.identity` of what an args.yaml holds; "" where it cannot be."""
+    try:
+        return identity({name: arguments[name] for name in IDENTIFYING})
+    except (TypeError, ValueError):
+        return ""
 
 
 # ----------------------------------------------------------------------------------------------------------- summary

@@ -85,11 +85,12 @@ def clip_values(values: Tensor, beta: float, clip: float | None = CLIP) -> Tenso
 def tilt(p_ref: Tensor, values: Tensor, beta: float) -> Tensor:
     """p_tilt proportional to p_ref * exp(beta * value), renormalised over the k candidates: (B, k), (B, k) -> (B, k).
 
-    Computed from logarithms, so that no beta overflows.
+    Computed from logarithms of values below the row's largest, so that nothing overflows and a large value that all
+    candidates share costs no digit of theirs.
     """
     if not math.isfinite(beta):
         raise ValueError(f"beta must be finite, got {beta}")
-    return (p_ref.log() + beta * values).softmax(dim=-1)
+    return (p_ref.log() + beta * (values - values.amax(dim=-1, keepdim=True))).softmax(dim=-1)
 
 
 def log_ratio(p_tilt: Tensor, p_ref: Tensor, choice: Tensor) -> Tensor:

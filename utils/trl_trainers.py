@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -124,8 +125,7 @@ def train_with_trl(
         callbacks=[Begun()],
     )
     trainer.remove_callback(PrinterCallback)  # training_log.csv has the rows
-    resume = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    train_from(trainer, last_checkpoint(checkpoints))
     rows = rows_of(trainer.state.log_history, spec, list(task.weights))
     if any(not math.isfinite(v) for row in rows for v in row.values()):
         raise DataError("training diverged (the loss is no finite number); try a lower --lr, and --rerun")
@@ -137,6 +137,24 @@ def train_with_trl(
         write_json(task.folder / "metrics.json", record(rows))
         shutil.rmtree(checkpoints, ignore_errors=True)
     return rows
+
+
+def train_from(trainer, checkpoint: Path | None) -> None:
+    """Train to `max_steps` from a checkpoint, or from the start.
+
+    A trainer that is given the checkpoint of the last step takes one step more, so that one is only loaded.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state is None or state.global_step < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return
+    adapter = trainer.accelerator.unwrap_model(trainer.model)
+    set_peft_model_state_dict(adapter, load_file(checkpoint / "adapter_model.safetensors"))
+    trainer.state = state
 
 
 def _shown(task) -> list[str]:

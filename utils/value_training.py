@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save
 from utils.cli import DataError, progress
 from utils.config import TrainingSpec
 from utils.files import hold, put_in_place, write_atomically, write_csv, write_json
+from utils.places import ADAPTER, record_checksum
 from utils.policies import pools_mean, without_adapter
 from utils.trees import Tree, expected_log_ratio
 
@@ -653,6 +654,9 @@ def publish(partial: Path, output: Path) -> None:
     assert (partial / METRICS).is_file(), partial
     for path in (*partial.glob("*-*.safetensors"), partial / STATE):  # the checkpoint
         path.unlink(missing_ok=True)
+    shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # a library's trainer's
+    if (partial / ADAPTER[1]).is_file():
+        record_checksum(partial)
     put_in_place(partial, output)
 
 

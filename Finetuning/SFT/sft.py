@@ -281,6 +281,7 @@ def train(model, tokenizer, examples: list[dict], spec: SFTSpec, arguments, resu
     from trl import SFTTrainer
 
     from utils.models import lora_config
+    from utils.trl_trainers import train_from
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -294,7 +295,7 @@ def train(model, tokenizer, examples: list[dict], spec: SFTSpec, arguments, resu
     trainer.remove_callback(PrinterCallback)  # training_log.csv has the rows
     # An added token's embedding is not trained: only the adapter is kept, and merging adds the token again.
     trainer.model.save_pretrained = functools.partial(trainer.model.save_pretrained, save_embedding_layers=False)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    train_from(trainer, resume)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     adapter = (p for p in trainer.model.parameters() if p.requires_grad)
     if not all(map(math.isfinite, losses)) or not all(p.isfinite().all() for p in adapter):
