@@ -280,16 +280,17 @@ def test_the_best_candidate_is_chosen_within_its_own_answer():
     rows = pick(
         [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, str,
         lambda prompts, texts: {"value": [float(t[1:-1]) for t in texts], "other": [float(p == "b") for p in prompts]},
-        {"value": 1.0}, 0.25, True, {"judge_value": lambda prompts, texts: [len(t) for t in texts]},
+        {"value": 1.0}, 0.25, True, {"judge_value": lambda prompts, texts: [len(t) for t in texts]}, {"gflop": 0.5},
     )  # fmt: skip
     assert [r["response"] for r in rows] == ["[5]", "[9]"]
     assert [r["rewards"] for r in rows] == [{"value": 5.0, "other": 0.0}, {"value": 9.0, "other": 1.0}]
     assert [r["num_candidates"] for r in rows] == [2, 3] and rows[0]["extra"] == {"judge_value": 3.0}
+    assert [r["gflop"] for r in rows] == [1.0, 1.5]  # of two and of three candidates
 
 
 def test_a_policy_without_a_log_ratio_leaves_it_out():
     (row,) = pick(
-        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, str, lambda p, t: {"r": np.zeros(1)}, {}, 0.0, True, {}
+        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, str, lambda p, t: {"r": np.zeros(1)}, {}, 0.0, True, {}, {}
     )
     assert "log_ratio" not in row and json.dumps(row, allow_nan=False)
 

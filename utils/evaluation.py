@@ -321,7 +321,7 @@ def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, 
         row |= {
             "tokens": len(answer.token_ids),
             "generated_tokens": generated,
-            **{what: round(generated * per_token, 3) for what, per_token in work.items()},
+            **{what: float(f"{generated * per_token:.6g}") for what, per_token in work.items()},
             "distinct": distinct_ratio(answer.token_ids),
             "finished": bool(answer.finished),
             "num_candidates": len(candidates[n]),

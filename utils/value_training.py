@@ -38,7 +38,8 @@ from utils.policies import pools_mean, without_adapter
 from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # penalties that `start_at_ridge` chooses from
+# Penalties that `start_at_ridge` chooses from; the largest leave a head that is there nearly as it is.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 BETWEEN = 0.1  # what a prompt's mean counts there
 VALIDATION_SHARE = 0.2  # of the training's cost, at most, however many validation trees there are
 TOKENS_PER_PASS = 8192  # padded tokens of one forward pass; a step that has more is done in several
