@@ -42,6 +42,7 @@ from utils.runs import (
     REWARDS,
     SAMPLES,
     SUMMARY,
+    WORK,
     describe_weights,
     mean_and_error,
     per_prompt,
@@ -50,7 +51,6 @@ from utils.runs import (
 )
 
 GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
-WORK = ("language_tokens", "value_tokens", "gflop")  # and what they took; runs from before it was counted lack it
 ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them
 WEIGHTED = "weighted reward"
 
@@ -143,7 +143,7 @@ class Point:
     @property
     def scores(self) -> list[str]:
         """Columns that are rewards or an independent judge's scores."""
-        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED, *WORK)]
+        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED)]
 
     @property
     def samples(self) -> dict[int, list[dict]]:
@@ -207,8 +207,7 @@ def read_run(folder: Path, arguments: dict) -> RunRecord:
         raise DataError(
             f"{folder / REWARDS} does not hold the means of {SAMPLES}: one of them was changed or is damaged"
         )
-    columns = ["index", GENERATED, *(w for w in WORK if all(w in s for s in samples))]
-    tokens = pd.DataFrame([[s[c] for c in columns] for s in samples], columns=columns)
+    tokens = pd.DataFrame([(s["index"], s[GENERATED]) for s in samples], columns=["index", GENERATED])
     return RunRecord(folder, arguments, samples, table.join(tokens.groupby("index").mean()))
 
 

@@ -57,7 +57,8 @@ SAMPLE_TYPES = {
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 # Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
-MEASURES = ("log_ratio", "seconds", "tokens", "distinct", "reference_log_prob", "finished")
+WORK = ("language_tokens", "value_tokens", "gflop")  # of an answer; runs from before it was counted lack it
+MEASURES = ("log_ratio", "seconds", "tokens", *WORK, "distinct", "reference_log_prob", "finished")
 
 
 # --------------------------------------------------------------------------------------------------------- identity
@@ -622,6 +623,10 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
     lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
     lines.append(f"{'tokens per second':<24}{figures['tokens_per_second'].mean:.1f}")
     lines.append(f"{'tokens per answer':<24}{figures['tokens'].mean:.1f}")
+    if all(name in figures for name in WORK):
+        language, value, gflop = (figures[name].mean for name in WORK)
+        text = f"{language:.0f} tokens of language models, {value:.0f} of value models, {gflop:.3g} GFLOP"
+        lines.append(f"{'work per answer':<24}{text}")
     lines.append(f"{'distinct tokens':<24}{number(figures['distinct'].mean)} of an answer's tokens")
     if "reference_log_prob" in figures:
         lines.append(f"{'reference log-prob':<24}{number(figures['reference_log_prob'].mean)} per token")
