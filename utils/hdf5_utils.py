@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import npy, write_atomically
+from utils.files import npy, read_npy, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
@@ -306,7 +306,7 @@ def _read_entry(file: h5py.File, index: int, path: Path) -> tuple[np.ndarray, np
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        stored = np.load(path, allow_pickle=False)
+        stored = read_npy(path)
         count = int(stored[0])
     except FileNotFoundError:
         raise
