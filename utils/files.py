@@ -99,6 +99,20 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """An array of a .npy file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is damaged, whatever numpy's parser makes of its header.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # also a SyntaxError, a TokenError, a MemoryError
+        raise ValueError(f"no readable .npy file: {' '.join(str(error).split())[:200]}") from error
+
+
 def plain(value):
     """Plain data with nan and inf as null, so that every JSON reader takes it."""
     if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import npy, write_atomically
+from utils.files import npy, read_npy, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
@@ -243,7 +243,7 @@ def read_tree(data_dir: str | Path, prompt_index: int) -> Tree:
                 raise ValueError("the expected log-ratios are not those of the nodes' log-ratios")
         if CHECKSUM in record and record[CHECKSUM] != _checksum(record, tree.tokens):
             raise ValueError("their checksum is not the one that was written; delete the JSON file and collect again")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} and {TOKENS} do not hold one sound tree: {' '.join(str(error).split())}") from error
@@ -311,7 +311,7 @@ def _read_entry(file: h5py.File, index: int, path: Path) -> tuple[np.ndarray, np
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        stored = np.load(path, allow_pickle=False)
+        stored = read_npy(path)
         count = int(stored[0])
     except FileNotFoundError:
         raise
@@ -336,7 +336,7 @@ def _open(path: Path) -> h5py.File:
 def _read_json(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is no readable JSON file ({error}); delete it and make it again") from error
     if not isinstance(record, dict):
         raise DataError(f"{path} does not hold a JSON object")

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.batching import length_batches
 from utils.cli import DataError, progress
-from utils.files import npy, write_atomically
+from utils.files import npy, read_npy, write_atomically
 
 FORMAT = 1
 CHUNK = 256  # texts whose features are kept together on disk
@@ -219,8 +219,8 @@ def cached_features(
 
 def _read_chunk(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     try:
-        chunk = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        chunk = read_npy(path)
+    except (OSError, ValueError):
         return None
     return chunk if chunk.shape == shape and np.isfinite(chunk).all() else None
 
