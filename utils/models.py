@@ -522,6 +522,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
+def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """The input embeddings (V, E), float32 on the CPU."""
+    return model.get_input_embeddings().weight.detach().float().cpu()
+
+
 def merge_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     """The base with a LoRA adapter added into its weights, in eval mode."""
     check_adapter_folder(Path(adapter), "adapter")

@@ -32,6 +32,11 @@ def value_model_folder(config: Config, value_model_dir: str | Path | None, itera
     return root / f"iter_{iteration}" / objective
 
 
+def candidate_head_path(candidate_head_dir: str | Path, iteration: int, objective: str) -> Path:
+    """<candidate_head_dir>/iter_<N>/<objective>.safetensors."""
+    return Path(candidate_head_dir) / f"iter_{iteration}" / f"{objective}.safetensors"
+
+
 def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
     """Raise a DataError unless `folder` holds a PEFT adapter in safetensors, undamaged where it says what it was."""
     missing = [n for n in ADAPTER if not (folder / n).is_file()]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
 from utils.cli import UsageError, parse_iterations
 from utils.evaluation import Method, Models
+from utils.places import candidate_head_path
+from utils.runs import fingerprint
 from utils.settings import Settings, add_tilt_arguments
+
+VALUE_HEADS = ("scalar", "candidates")
 
 
 def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) -> None:
@@ -22,6 +27,14 @@ def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) ->
         default="0",
         help="iteration of each objective's value model, e.g. 1,,0; one number for all (default: 0)",
     )
+    group.add_argument(
+        "--value_head",
+        choices=VALUE_HEADS,
+        default=VALUE_HEADS[0],
+        help="scalar: a value model reads each of the k candidates; candidates: it reads the one that was taken, and a "
+        "candidate head (fit_candidate_heads.py) values all k from the state before them (default: %(default)s)",
+    )
+    group.add_argument("--candidate_head_dir", help="folder of candidate heads (default: the workspace's)")
     add_tilt_arguments(parser, "steering", kl_budget=kl_budget)
 
 
@@ -48,9 +61,15 @@ def steering_method(
     iterations = parse_iterations(args.value_model_iter, settings.weights, settings.spec.objectives)
     value_model_dir = args.value_model_dir or str(settings.config.default_path("value_models"))
 
+    distilled = args.value_head == "candidates"
+    if args.candidate_head_dir is not None and not distilled:
+        raise UsageError("--candidate_head_dir goes with --value_head candidates")
+    candidate_head_dir = args.candidate_head_dir or str(settings.config.default_path("candidate_heads"))
+
     def build(settings: Settings, models: Models):
+        from utils.candidates import load_candidate_head
         from utils.models import load_value_models
-        from utils.policies import MavisPolicy
+        from utils.policies import CandidatePolicy, MavisPolicy
 
         value_models = load_value_models(
             settings.config,
@@ -61,7 +80,24 @@ def steering_method(
             models.device,
             loaded=models.once("value models", dict),
         )
-        return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
+        if not distilled:
+            return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
+        heads = {
+            name: models.once(
+                ("candidate head", name, iteration),
+                functools.partial(
+                    load_candidate_head,
+                    candidate_head(name),
+                    value_models[name],
+                    fingerprint(checkpoint(name)[0]),
+                ),
+            )
+            for name, iteration in iterations.items()
+        }
+        return CandidatePolicy(models.reference, value_models, heads, settings.weights, **settings.tilt)
+
+    def candidate_head(objective: str) -> str:
+        return str(candidate_head_path(candidate_head_dir, iterations[objective], objective))
 
     def checkpoint(objective: str) -> tuple[str, str]:
         iteration = iterations[objective]
@@ -74,6 +110,10 @@ def steering_method(
             made_by += f" --init_checkpoint {value_model_dir}/iter_{iteration - 1}/{objective}"
         return folder, made_by
 
+    checkpoints = {f"value model of {objective}": checkpoint(objective) for objective in iterations}
+    for objective in iterations if distilled else ():
+        fit = f"python fit_candidate_heads.py {objective} --value_model_iter {iterations[objective]}"
+        checkpoints[f"candidate head of {objective}"] = (candidate_head(objective), fit)
     return Method(
         name=name,
         kind=kind,
@@ -82,10 +122,11 @@ def steering_method(
             "beta": settings.beta,  # first, for the reader
             "iteration": args.value_model_iter,
             "value_model_dir": args.value_model_dir or "value_models",
+            **({"value_head": args.value_head} if distilled else {}),
             **settings.tilt_series,
             **(series or {}),
         },
-        checkpoints={f"value model of {objective}": checkpoint(objective) for objective in iterations},
+        checkpoints=checkpoints,
         generator=generator,
         num_samples=num_samples,
         beams_per_candidate=beams_per_candidate,
