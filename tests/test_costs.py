@@ -1,5 +1,6 @@
 """Costs against what PyTorch counts, and the cost model's tokens against trees that are grown."""
 
+import copy
 import json
 import re
 
@@ -23,7 +24,8 @@ def counted(call) -> int:
 
 
 def eager(name):
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    config = copy.deepcopy(CONFIGS[name])  # which the attention is written into
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     return model, torch.randint(3, VOCAB, (2, 7))
 
 

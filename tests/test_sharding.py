@@ -440,6 +440,7 @@ def test_an_evaluation_is_completed_by_any_number_of_processes(world, alone, tmp
 def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
     """In float64; unrounded, half of these log-ratios differ in their last bits."""
     from tests.models_for_tests import causal_lm
+    from utils.collection import rounded
     from utils.decoding import LOG_RATIO_DECIMALS
     from utils.evaluation import pick, sampler
     from utils.growth import TreeShape, grow_trees
@@ -451,7 +452,7 @@ def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
     def trees(batch_size):
         shape, texts = TreeShape(3, 2, 3, 12), dict.fromkeys(prompts, "")
         grown = grow_trees(policy, prompts, texts, shape, seed=0, eos_token_id=None, batch_size=batch_size)
-        return {t.prompt_index: t.log_ratio.tolist() for t in grown}
+        return {t.prompt_index: rounded(t).log_ratio.tolist() for t in grown}
 
     def rows(batch_size):
         generate = sampler(policy, num_samples=1, max_new_tokens=12, eos_token_id=2, batch_size=batch_size)

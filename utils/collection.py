@@ -6,10 +6,14 @@ import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from utils import cli
 from utils.config import Config, DatasetSpec
+from utils.trees import Tree
 
 CHUNK = 64  # prompts whose trees grow together: what a process takes at a time, and may lose when it is killed
 
@@ -84,6 +88,13 @@ def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
             raise cli.UsageError(f"--{name} must be at least 1, got {value}")
     if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature > 0):
         raise cli.UsageError(f"--temperature must be a finite number above 0, got {args.temperature}")
+
+
+def rounded(tree: Tree) -> Tree:
+    """The tree as it is kept: log-ratios as far as they do not depend on which trees grew beside it."""
+    from utils.decoding import LOG_RATIO_DECIMALS
+
+    return replace(tree, log_ratio=np.round(tree.log_ratio, LOG_RATIO_DECIMALS))
 
 
 def collect(
@@ -201,7 +212,7 @@ def collect(
                 write_discarded(output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
             else:
                 grown += 1
-                write_tree(output_dir, tree)
+                write_tree(output_dir, rounded(tree))
             bar.update(1)
 
     claimed = output_dir / "claims" / f"{args.start}-{args.num}-{args.chunk}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils import tilting
-from utils.decoding import LOG_RATIO_DECIMALS, Completion, Job, Prefix, check_prompts, run_jobs
+from utils.decoding import Completion, Job, Prefix, check_prompts, run_jobs
 from utils.policies import _Policy
 from utils.trees import Tree
 
@@ -64,7 +64,7 @@ class _Growing:
         return Tree(
             parent=np.array([-1] + [number[p[:-1]] for p in paths[1:]], np.int64),
             tokens=[np.array(tokens, np.int32) for tokens, _, _ in segments],
-            log_ratio=np.round([log_ratio for _, log_ratio, _ in segments], LOG_RATIO_DECIMALS),
+            log_ratio=np.array([log_ratio for _, log_ratio, _ in segments], np.float64),
             finished=np.array([finished for _, _, finished in segments], bool),
             prompt=prompt,
             prompt_index=prompt_index,
