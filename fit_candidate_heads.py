@@ -71,9 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     size = models.vocabulary_size(reference)
     value_models = models.load_value_models(config, args.value_model_dir, iterations, tokenizer, size, device)
     texts = read_prompts(prompts_csv(config, dataset, "train"), config)[: args.num_prompts]
+    contexts = filter(None, map(models.context_length, (reference, *value_models.values())))
+    room = min(contexts, default=1 << 30) - dataset.max_new_tokens
     decoding = config.decoding
     seen = candidates.watch(
-        reference, value_models, encode_prompts(dataset, tokenizer, texts), betas=betas, top_k=decoding.top_k,
+        reference, value_models, encode_prompts(dataset, tokenizer, texts, room), betas=betas, top_k=decoding.top_k,
         temperature=decoding.temperature, normalization=decoding.normalization, max_new_tokens=dataset.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size or decoding.batch_size, seed=args.seed,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Candidate heads: decoding beside a slow version, the fit beside a planted head, files that do not fit."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,8 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(tmp_path):
 
 
 def test_the_scripts_fit_heads_and_steer_by_them(script, capsys):
+    prompts = script.workspace / "datasets" / "toy"
+    shutil.copy(prompts / "toy_test_deduped.csv", prompts / "toy_train_deduped.csv")
     assert script("fit_candidate_heads", "low,even", "--num_prompts", 10, "--num_epochs", 2, "--rank", 4) == 0
     assert "correlation with the value model" in capsys.readouterr().out
     steer = ("--obj_weights", "0.5,0.5", "--beta", 3)
