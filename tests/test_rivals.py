@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import brute_force
 from tests.models_for_tests import causal_lm
 from utils import models, rivals
-from utils.cli import run
+from utils.cli import DataError, run
 from utils.config import REPOSITORY
 from utils.decoding import decode
 from utils.policies import AdapterOf, MixturePolicy, RewardGuidedPolicy
@@ -396,3 +396,25 @@ def test_flags_that_do_not_go_together_are_refused(evaluate, capsys, script, arg
     assert evaluate(script, *arguments, status=2) == []
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+def test_what_a_training_took_is_counted_from_what_it_left(rival_world, tmp_path):
+    import csv
+
+    from tests.test_cli import load
+
+    for name in ("base_model", "datasets", "world"):
+        (tmp_path / name).symlink_to(rival_world.ws / name)
+    world = [*rival_world.common, "--workspace", str(tmp_path)]
+    script, output = load("scripts/training_work.py"), tmp_path / "work.json"
+    with pytest.raises(DataError, match="no value model and no policy"):
+        script.main([*world])
+    trained = ["--exp_type", "assistant", "--reward_models", "help", "--max_steps", "2"]
+    assert load("Finetuning/PPO/ppo.py").main([*trained, *world]) == 0
+    assert script.main(["--output", str(output), *world]) == 0
+    [row] = json.loads(output.read_text())["rows"]
+    assert row["what"] == "policy single/help, 2 steps"
+    with open(tmp_path / "morlhf" / "anthropic" / "single" / "help" / "training_log.csv", newline="") as file:
+        steps = list(csv.DictReader(file))
+    assert row["generated"] == round(sum(8 * float(s["tokens"]) for s in steps))
+    assert row["trained"] > row["generated"] and row["tflop"] > 0 and row["seconds"] == float(steps[-1]["seconds"])
