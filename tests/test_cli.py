@@ -329,3 +329,21 @@ def test_a_process_ends_with_the_status_and_the_line(tmp_path):
         assert done.returncode == status and not done.stdout
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception("No space left on device (os error 28)"), "No space left on device"),  # tokenizers
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "is the disk full?"),  # torch
+    ],
+)
+def test_what_a_library_says_of_a_full_disk_is_one_line(error, said, capsys, monkeypatch):
+    monkeypatch.delenv("MAVIS_DEBUG", raising=False)
+
+    def fail():
+        raise error
+
+    assert cli.run(fail) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err

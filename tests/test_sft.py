@@ -361,3 +361,21 @@ def test_the_trainers_curve_goes_into_the_stages_own_run(world, monkeypatch, tmp
     (options,) = opened  # the trainer's callback found it and opened none
     assert options["project"] == "mavis" and options["job_type"] == "sft" and options["config"]["lr"] == SMALL["lr"]
     assert wandb.run is None
+
+
+def test_a_training_that_was_killed_behind_its_last_step_takes_no_step_more(world, tmp_path, monkeypatch):
+    """A trainer that is given the checkpoint of its last step would train one step beyond it."""
+    arguments = ("--save_steps", 1)
+    train(world, "--save_directory", tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(sft, "write_adapter", full)
+        train(world, "--save_directory", tmp_path / "killed", *arguments, status=1)
+    assert (tmp_path / "killed.checkpoints" / "checkpoint-3").is_dir()
+    train(world, "--save_directory", tmp_path / "killed", *arguments)
+    for name in ("training_log.csv", "adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not (tmp_path / "killed.checkpoints").exists()

@@ -238,9 +238,9 @@ def lets_go(main: Callable) -> Callable:
     """A script's `main` that, however it ends, no longer holds a folder afterwards."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(argv=None):
         try:
-            return main(*args, **kwargs)
+            return main(argv)
         finally:
             let_go()
 
