@@ -16,6 +16,7 @@ SMALL = {
     "Finetuning/SFT/sft.py": ["--max_steps", "2"],
     "Finetuning/PPO/ppo.py": ["--max_steps", "1", "--batch_size", "4", "--mini_batch_size", "4"],
     "split_data.py": ["--num_val", "6"],
+    "fit_candidate_heads.py": ["--num_prompts", "10", "--num_epochs", "1"],
     "train_value_model.py": ["--num_epochs", "1"],
     **dict.fromkeys(
         ("mavis.py", "mavis_bs.py", "baseline_eval.py", "baseline_eval_KL.py", "mod_eval.py"),
