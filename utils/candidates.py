@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from utils import tilting
 from utils.cli import DataError, progress
 from utils.files import write_atomically
-from utils.policies import MavisPolicy, without_adapter
+from utils.policies import MavisPolicy, last_states, without_adapter
 
 TABLE_SHRINKAGE = 5.0  # a token's mean is drawn to 0 as by so many candidates more
 HELD_OUT = 5  # every fifth prompt is held out
@@ -68,7 +68,7 @@ class _Watching(MavisPolicy):
     """MAVIS that keeps the states before the candidates, and shows what is said of these."""
 
     def _extras_of(self, prompts, states, begun):
-        return super()._extras_of(prompts, states, begun) | {f"state {i}": x[:, -1] for i, x in enumerate(states)}
+        return super()._extras_of(prompts, states, begun) | last_states(states)
 
     def _read_values(self, tokens):
         self.behind = super()._read_values(tokens)

@@ -717,6 +717,11 @@ class MavisPolicy(_TiltedPolicy):
         self.extras["response"] += nn.functional.pad(scores[..., 0], (0, 1), value=1.0)
 
 
+def last_states(states: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Extras {"state <reader>": (B, H)}: what each value reader's states (B, q, H) end in."""
+    return {f"state {i}": x[:, -1] for i, x in enumerate(states)}
+
+
 class CandidatePolicy(MavisPolicy):
     """MAVIS with candidate heads: from the state before them, values of all k candidates at once.
 
@@ -740,8 +745,7 @@ class CandidatePolicy(MavisPolicy):
         return 1
 
     def _extras_of(self, prompts, states, begun):
-        ends = {f"state {i}": x[:, -1] for i, x in enumerate(states)}  # (B, H) each
-        return super()._extras_of(prompts, states, begun) | ends
+        return super()._extras_of(prompts, states, begun) | last_states(states)
 
     def _candidate_scores(self) -> Tensor:
         return self._in_order(
@@ -755,8 +759,7 @@ class CandidatePolicy(MavisPolicy):
         states = self._read_values(tokens)
         if self._pools is not None:
             self._add_to_response(self._scores(states))
-        for i, x in enumerate(states):
-            self.extras[f"state {i}"] = x[:, 0]
+        self.extras |= last_states(states)
 
 
 class TokenTablePolicy(_TiltedPolicy):
