@@ -104,14 +104,30 @@ def backbones(values) -> int:
     return len({id(getattr(v, v.base_model_prefix)) for v in values})
 
 
+def candidate_heads(values, rank: int = 64) -> list:
+    """A random candidate head for each value model: what it says does not matter for the time that it takes."""
+    import torch
+
+    from utils.candidates import CandidateHead
+
+    heads = []
+    for value in values:
+        embeddings = value.get_input_embeddings().weight.detach().float()
+        sizes = (rank, value.config.hidden_size), (rank, embeddings.shape[1])
+        made = [torch.randn(*size, device=embeddings.device) / size[1] for size in sizes]
+        heads.append(CandidateHead(embeddings.new_zeros(len(embeddings)), *made, embeddings=embeddings))
+    return heads
+
+
 def measure(reference, values, batch_size: int, args, device) -> list[dict]:
     """One row per method at a batch size."""
     import torch
 
     from utils.decoding import decode
     from utils.growth import TreeShape, grow_trees
-    from utils.policies import MavisPolicy, ReferencePolicy
+    from utils.policies import CandidatePolicy, MavisPolicy, ReferencePolicy
 
+    heads = candidate_heads(values)
     generator = torch.Generator().manual_seed(0)
     tokens, k = args.max_new_tokens, args.topk
     prompts = torch.randint(
@@ -158,9 +174,12 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
         "reference": lambda: ours(ReferencePolicy(reference, top_k=k)),
         "mavis_1": lambda: ours(MavisPolicy(reference, values[:1], [1.0], beta=4.0, top_k=k)),
         "mavis_3": lambda: ours(MavisPolicy(reference, values, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
+        "candidates_1": lambda: ours(CandidatePolicy(reference, values[:1], heads[:1], [1.0], beta=4.0, top_k=k)),
+        "candidates_3": lambda: ours(CandidatePolicy(reference, values, heads, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
         "trees": trees,
         "bare reference": lambda: bare(reference, inputs, 1, tokens - 1),
         "bare value model": lambda: bare(values[0].model, inputs, k, tokens),
+        "bare value model, 1 token": lambda: bare(values[0].model, inputs, 1, tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     generated: dict[str, int] = {}
@@ -178,6 +197,8 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
         "reference": median["bare reference"],
         "mavis_1": median["bare reference"] + median["bare value model"],
         "mavis_3": median["bare reference"] + backbones(values) * median["bare value model"],
+        "candidates_1": median["bare reference"] + median["bare value model, 1 token"],
+        "candidates_3": median["bare reference"] + backbones(values) * median["bare value model, 1 token"],
     }
     speed = {name: generated[name] / median[name] for name in methods}
     return [
@@ -192,7 +213,7 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
             "ratio_to_reference": round(speed[name] / speed["reference"], 3),
             "overhead": round(median[name] / needs[name], 3) if name in needs else None,
         }
-        for name in ("generate", "reference", "mavis_1", "mavis_3", "trees")
+        for name in ("generate", "reference", "mavis_1", "mavis_3", "candidates_1", "candidates_3", "trees")
     ]
 
 
@@ -242,14 +263,14 @@ def print_table(record: dict) -> None:
     """The rows, and what they were measured on."""
     print(f"{record['device']}, {record['dtype']}, peak memory {record['peak_memory_mib']} MiB")
     print(
-        f"{'method':<10} {'batch':>5} {'tokens/s':>10} {'range':>17} "
+        f"{'method':<12} {'batch':>5} {'tokens/s':>10} {'range':>17} "
         f"{'/ generate':>11} {'/ reference':>12} {'overhead':>9}"
     )
     for row in record["rows"]:
         low, high = row["tokens_per_second_range"]
         overhead = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
         print(
-            f"{row['method']:<10} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} "
+            f"{row['method']:<12} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} "
             f"{f'{low:.1f} - {high:.1f}':>17} "
             f"{row['ratio_to_generate']:>11.2f} {row['ratio_to_reference']:>12.2f} {overhead:>9}"
         )
