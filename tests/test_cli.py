@@ -336,6 +336,7 @@ def test_a_process_ends_with_the_status_and_the_line(tmp_path):
     [
         (Exception("No space left on device (os error 28)"), "No space left on device"),  # tokenizers
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "is the disk full?"),  # torch
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "is the disk full?"),
     ],
 )
 def test_what_a_library_says_of_a_full_disk_is_one_line(error, said, capsys, monkeypatch):

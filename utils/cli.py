@@ -79,7 +79,7 @@ def _library_os_error(error: Exception) -> OSError | None:
     """What a library that writes files outside Python (safetensors, tokenizers, torch) says of the system's errors."""
     if found := re.search(r"(.*?)\s*\(os error (\d+)\)", str(error), re.DOTALL):
         return OSError(int(found[2]), f"{os.strerror(int(found[2]))} (a model, adapter or tokenizer file)")
-    if re.search(r"PytorchStreamWriter|iostream error", str(error)):
+    if re.search(r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error", str(error)):
         return OSError(
             f"a checkpoint's file could not be written ({' '.join(str(error).split())[:120]}); is the disk full?"
         )

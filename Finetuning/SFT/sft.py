@@ -207,7 +207,8 @@ def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     """Make the folder of the checkpoints, or check that those that are there belong to these settings."""
     from utils.files import write_atomically
 
-    if folder.exists():
+    begun = folder.exists() and any(p.name != f".{SETTINGS}.tmp" for p in folder.iterdir())
+    if begun:  # else it was made, and nothing was written there
         different = differences(folder / SETTINGS, settings)
         if different and last_checkpoint(folder) and not rerun:
             raise DataError(f"{folder} is of other settings ({different}); go on with those, or --rerun to start over")
