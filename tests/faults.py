@@ -84,6 +84,10 @@ STAGES = {
             ("split",),
         ),
         Stage("fit_token_table", "fit_token_table", f"{ITER} all", ("labels",), shared=True),
+        Stage(
+            "fit_candidate_heads", "fit_candidate_heads", "help --num_prompts 10 --num_epochs 1 --rank 4",
+            ("preprocess_train", "value_models"), shared=True,
+        ),
         Stage("fit_judges", "fit_judges", "--dataset anthropic", config="rewards", shared=True),
         Stage("mavis", "mavis", f"{MAVIS} --beta 2", ("preprocess_test", "value_models")),
         Stage("mavis --kl_budget", "mavis", f"{MAVIS} --kl_budget 6", ("preprocess_test", "value_models")),

@@ -12,7 +12,7 @@ import pytest
 
 from utils.cli import DataError
 from utils.config import REPOSITORY
-from utils.files import clear, hold, let_go, lets_go, put_in_place, whole_folder, write_atomically
+from utils.files import clear, hold, let_go, lets_go, put_in_place, temporary_name, whole_folder, write_atomically
 
 
 def names(folder):
@@ -20,7 +20,7 @@ def names(folder):
 
 
 def test_what_a_killed_writer_left_is_used_up(tmp_path):
-    (tmp_path / ".a.txt.tmp").write_text("half of something longer than what comes")
+    temporary_name(tmp_path / "a.txt").write_text("half of something longer than what comes")
     write_atomically(tmp_path / "a.txt", "whole")
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "whole"
 
