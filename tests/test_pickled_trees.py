@@ -173,6 +173,7 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_executed(kind, tmp
     called = []
     for function in ("system", "popen"):
         monkeypatch.setattr(os, function, lambda *a: called.append(a))
+    "".encode("raw_unicode_escape")  # protocol 0 needs the codec, which is imported at its first use
     monkeypatch.setattr("builtins.__import__", watched := _Imports(__import__))
     file = tmp_path / "hostile.pkl"
     file.write_bytes(HOSTILE[kind])
