@@ -167,9 +167,9 @@ def test_the_scripts_fit_heads_and_steer_by_them(script, capsys):
     assert "correlation with the value model" in capsys.readouterr().out
     steer = ("--obj_weights", "0.5,0.5", "--beta", 3)
     assert script("mavis", *steer) == 0 and script("mavis", *steer, "--value_head", "candidates") == 0
-    plain, distilled = run_folders(script)
-    series = [read_arguments(f)["series"].get("value_head") for f in (plain, distilled)]
-    assert series == [None, "candidates"] and answers(plain) != answers(distilled)
+    heads = {read_arguments(f)["series"].get("value_head"): f for f in run_folders(script)}
+    plain, distilled = heads[None], heads["candidates"]
+    assert answers(plain) != answers(distilled)
     value_tokens = [sum(s["value_tokens"] for s in read_samples(f)) for f in (plain, distilled)]
     assert value_tokens[0] > 3 * value_tokens[1]
     assert script("mavis", *steer, "--value_head", "candidates") == 0
