@@ -545,10 +545,10 @@ class Trial:
             child.wait()
             tally.add(f"{share:.0%} of {self.seconds:.1f} s", self._completes())
 
-    def _failing(self, status: int, said: str, wanted: str) -> str:
+    def _failing(self, status: int, said: str, *wanted: str) -> str:
         if status != 1 or not one_line(said):
             return f"status {status}: {said.strip()[-400:]}"
-        return "" if wanted in said else f"does not say {wanted!r}: {said}"
+        return "" if any(w in said for w in wanted) else f"does not say {wanted}: {said}"
 
     def _full(self, tally: Tally, count: int) -> None:
         for n in self.moments(count):
@@ -586,7 +586,9 @@ class Trial:
                 share = self.random.random()
                 self._resize(place, used_bytes(place) + max(4096, int(share * grown)))
                 status, said, _ = self.world.child(self.main)
-                problem = "" if status == 0 else self._failing(status, said, "o space left on device")
+                problem = (
+                    "" if status == 0 else self._failing(status, said, "o space left on device", "is the disk full?")
+                )
                 if not problem and status:
                     problem = half_written(self.world.ws)
                 self._resize(place, 1 << 30)

@@ -653,7 +653,7 @@ def _same_settings(folder: Path, settings: dict) -> None:
 def publish(partial: Path, output: Path) -> None:
     """Put a complete folder in its place; one that was there before is replaced."""
     assert (partial / METRICS).is_file(), partial
-    for path in (*partial.glob("*-*.safetensors"), partial / STATE):  # the checkpoint
+    for path in (*partial.glob("*-*.safetensors"), partial / STATE, *partial.glob(".*.tmp")):  # the checkpoint
         path.unlink(missing_ok=True)
     shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # a library's trainer's
     if (partial / ADAPTER[1]).is_file():
