@@ -10,6 +10,7 @@ and answers is left out. Seconds are those that the stages measured, on the devi
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -54,20 +55,19 @@ def value_rows(config, dataset, reference, value) -> list[dict]:
 
     import yaml
 
-    from utils.costs import forward_flops, training_flops
+    from utils.costs import forward_flops, matrix_parameters, training_flops
     from utils.hdf5_utils import read_trees
 
-    rows, counted = [], set()
+    rows, known = [], {}
     layers, rank = config.value_model.num_layers, config.value_model.lora.r
     for folder in sorted(Path(config.default_path("value_models")).glob("iter_*/*")):
         if folder.name not in dataset.objectives or not (folder / "metrics.json").is_file():
             continue
         metrics = json.loads((folder / "metrics.json").read_text())
         settings = yaml.safe_load((folder / "args.yaml").read_text())["settings"]
-        trees = {split: list(read_trees(settings["data_dir"], split)) for split in ("train", "val")}
-        name = f"{folder.parent.name}/{folder.name}"
-        if settings["data_dir"] not in counted:
-            counted.add(settings["data_dir"])
+        name, data_dir = f"{folder.parent.name}/{folder.name}", settings["data_dir"]
+        if data_dir not in known:
+            trees = known[data_dir] = {split: list(read_trees(data_dir, split)) for split in ("train", "val")}
             both = trees["train"] + trees["val"]
             generated = sum(len(x) for t in both for x in t.tokens[1:])
             flops = generated * forward_flops(reference, 1, head_tokens=1)
@@ -77,20 +77,13 @@ def value_rows(config, dataset, reference, value) -> list[dict]:
             what = f"trees of {name if settings['init_checkpoint'] else folder.parent.name}"
             rows.append(row(what, generated, 0, flops, None))
         ridge = settings["training"].get("head_start") == "ridge"
-        read = sum(len(x) for t in trees["train"] for x in t.tokens) if ridge else 0
-        flops = forward_flops(value, read, num_layers=layers) - _attention(value, read, layers)
+        read = sum(len(x) for t in known[data_dir]["train"] for x in t.tokens) if ridge else 0
+        flops = 2 * matrix_parameters(value, num_layers=layers) * read  # a tree is no text whose attention is known
         per_token = training_flops(value, 1, num_layers=layers, rank=rank)
         flops += metrics["tokens_read"] * per_token
         seconds = metrics["seconds"] + metrics.get("start_seconds", 0)
         rows.append(row(f"value model {name}", 0, read + metrics["tokens_read"], flops, seconds))
     return rows
-
-
-def _attention(value, tokens, layers) -> float:
-    """The attention of one text of so many tokens, which trees are not."""
-    from utils.costs import attention_flops, attention_pairs
-
-    return attention_flops(value, attention_pairs(tokens), num_layers=layers)
 
 
 def policy_rows(config, dataset, reference) -> list[dict]:
@@ -110,12 +103,17 @@ def policy_rows(config, dataset, reference) -> list[dict]:
         return rows
     tokenizer = load_tokenizer(reference_path(config, dataset)[0])
     texts = read_prompts(prompts_csv(config, dataset, "train"), config)
+
+    @functools.cache
+    def mean_length(prompts: int) -> float:
+        lengths = [len(p) for p in encode_prompts(dataset, tokenizer, texts[:prompts])]
+        return sum(lengths) / len(lengths)
+
     for policy in found:
         if json.loads((policy / "metrics.json").read_text())["kind"] != "ppo":
             continue
         spec = yaml.safe_load((policy / "args.yaml").read_text())["settings"]["training"]
-        lengths = [len(p) for p in encode_prompts(dataset, tokenizer, texts[: spec["num_prompts"]])]
-        prompt, generated, trained, flops = sum(lengths) / len(lengths), 0.0, 0.0, 0.0
+        prompt, generated, trained, flops = mean_length(spec["num_prompts"]), 0.0, 0.0, 0.0
         with open(policy / "training_log.csv", newline="") as file:
             steps = list(csv.DictReader(file))
         for step in steps:

@@ -215,6 +215,11 @@ def run_jobs(
             yield from _finish(policy, rows, jobs, traces, ended)
 
 
+def _prompt_of(key: tuple[int, ...], place: int) -> int:
+    """The prompt's index, for messages: the key's where it names one, else the place in the list."""
+    return key[1] if len(key) > 1 else place
+
+
 def _complain(policy: _Policy, rows: _Rows, jobs: Sequence[Job | None], row: int) -> None:
     which = jobs[row].prompt_index
     where = "" if which is None else f"prompt {which}: "
@@ -338,7 +343,7 @@ def decode(
     queue: deque[Job] = deque()
     for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
         prefix = prefixes.setdefault(tuple(prompt), Prefix(list(prompt)))
-        queue.append(Job(key, prefix, max_new_tokens, tag=i, prompt_index=key[1] if len(key) > 1 else i))
+        queue.append(Job(key, prefix, max_new_tokens, tag=i, prompt_index=_prompt_of(key, i)))
     prefixes.clear()  # a prefix's cache goes when its last job has started
     completions: list[Completion | None] = [None] * len(prompts)
     options = dict(batch_size=batch_size, trace=trace, suppress_first_eos=suppress_first_eos)
@@ -450,7 +455,7 @@ def _search(
         unsound = policy.unsound.tolist()
         for (p, _), row in zip(rows, unsound, strict=True):
             if any(row):
-                which = keys[p][1] if len(keys[p]) > 1 else p
+                which = _prompt_of(keys[p], p)
                 raise DataError(
                     f"prompt {which}: {policy.complaint(row)} at its token {t + 1}; nothing more is decoded"
                 )

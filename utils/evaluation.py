@@ -203,17 +203,10 @@ def evaluate(
     prompts: Mapping[int, str],
     tokens: Mapping[int, Sequence[int]],
     *,
-    generate: Generate,
-    to_text: Callable[[Sequence[int]], str],
-    score: Score,
-    weights: Mapping[str, float],
     num_trials: int,
-    seed: int,
-    track_kl: bool = True,
     chunk: int = 128,
     num_candidates: int = 1,
-    extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
-    work: Mapping[str, float] | None = None,
+    **how: Any,
 ) -> None:
     """Answer every prompt `num_trials` times and write each answer's row; rows that the run has are left as they are.
 
@@ -223,34 +216,15 @@ def evaluate(
     Args:
         run: an open, incomplete run; it is not finished here.
         prompts: {index: the data set's prompt}; tokens: {index: what the reference reads of it}.
-        generate: candidates of each answer; the best by weighted reward is the answer.
-        to_text: token ids to the response's text.
-        score: rewards of all objectives.
-        weights: what ranks candidates; may be empty where there is one candidate.
         chunk: answers between two writes.
         num_candidates: completions per answer, for the progress bar.
-        extra: further scorers of (prompts, responses), logged and never used to choose.
-        work: what each generated token takes (`_Policy.work`), counted for each answer.
+        how: the arguments of `answer_part`.
     """
     done = run.done
     todo = [(i, t) for i in prompts for t in range(num_trials) if (i, t) not in done]
     bar = progress(total=len(todo) * num_candidates, desc="answers", unit="answer")
     for start in range(0, len(todo), chunk):
-        rows = answer_part(
-            todo[start : start + chunk],
-            prompts,
-            tokens,
-            generate=generate,
-            to_text=to_text,
-            score=score,
-            weights=weights,
-            seed=seed,
-            track_kl=track_kl,
-            extra=extra,
-            work=work,
-            bar=bar,
-        )
-        run.append(rows)
+        run.append(answer_part(todo[start : start + chunk], prompts, tokens, bar=bar, **how))
     bar.close()
 
 
@@ -264,14 +238,23 @@ def answer_part(
     score: Score,
     weights: Mapping[str, float],
     seed: int,
-    track_kl: bool,
+    track_kl: bool = True,
     extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
     work: Mapping[str, float] | None = None,
     bar=None,
 ) -> list[dict]:
-    """Lines of samples.jsonl for answers (prompt index, trial) that are decoded together; arguments as in `evaluate`.
+    """Lines of samples.jsonl for answers (prompt index, trial) that are decoded together.
 
     `seconds` is what their decoding took in the process that did it, an equal share each.
+
+    Args:
+        prompts: {index: the data set's prompt}; tokens: {index: what the reference reads of it}.
+        generate: candidates of each answer; the best by weighted reward is the answer.
+        to_text: token ids to the response's text.
+        score: rewards of all objectives.
+        weights: what ranks candidates; may be empty where there is one candidate.
+        extra: further scorers of (prompts, responses), logged and never used to choose.
+        work: what each generated token takes (`_Policy.work`), counted for each answer.
     """
 
     def tick(tokens: int) -> None:

@@ -188,6 +188,15 @@ def _replaced(folder: Path) -> Path:
 
 # -------------------------------------------------------------------------------------------- one process at a time
 
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which stays, for the moments in which what it guards is looked at and changed."""
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 _held: dict[Path, io.BufferedRandom] = {}
 
 

@@ -13,22 +13,22 @@ appended to safely, so they are only ever replaced whole: `consolidate` writes a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import npy, read_npy, write_atomically
+from utils.files import locked, npy, read_npy, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 
 TOKENS = "all_tokens.hdf5"
+LOCK = ".lock"  # held while what several processes write is read and replaced
 FORMAT = 1
 CHECKSUM = "checksum"  # not in the files of earlier versions, which are read without it
 KEYS = {"format", "prompt_index", "prompt", "parent", "log_ratio", "finished", "values", "expected_log_ratio", CHECKSUM}
@@ -89,7 +89,7 @@ def update_tree(data_dir: str | Path, prompt_index: int, change: Callable[[Tree]
 
     It is read anew and written under the folder's lock, so that what another process labels at the same time stays.
     """
-    with _locked(Path(data_dir)):
+    with locked(Path(data_dir) / LOCK):
         tree = change(read_tree(data_dir, prompt_index))
         write_structure(tree_path(data_dir, prompt_index), tree)
     return tree
@@ -118,7 +118,7 @@ def consolidate(data_dir: Path) -> int:
     """
     data_dir, target = Path(data_dir), Path(data_dir) / TOKENS
     data_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(data_dir):
+    with locked(data_dir / LOCK):
         parts = {int(p.stem[6:]): p for p in (data_dir / "parts").glob("prompt*.npy")}
         parts = {i: p for i, p in parts.items() if tree_path(data_dir, i) is not None}
         if parts:
@@ -131,14 +131,6 @@ def consolidate(data_dir: Path) -> int:
         return 0
     with _open(target) as file:
         return len(_indices_of(file, target))
-
-
-@contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """Hold a folder of trees for the moments in which what several processes write is read and replaced."""
-    with open(data_dir / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _rewrite(target: Path, parts: dict[int, Path]) -> None:

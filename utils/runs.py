@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ import numpy as np
 import yaml
 
 from utils.cli import DataError
-from utils.files import command_line, write_atomically, write_csv
+from utils.files import command_line, locked, write_atomically, write_csv
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 KL_SEARCH, PARTS, CLAIMS = "kl_search.csv", "parts", "claims"
@@ -390,7 +390,7 @@ def open_run(workspace: str | os.PathLike, spec: RunSpec, *, rerun: bool = False
     """
     parent = run_parent(workspace, spec)
     parent.mkdir(parents=True, exist_ok=True)
-    with _locked(Path(workspace) / spec.kind / ".lock"):
+    with locked(Path(workspace) / spec.kind / ".lock"):
         folder = find_run(workspace, spec)
         if folder and (folder / SUMMARY).exists():
             if not rerun:
@@ -487,14 +487,6 @@ def _lock_samples(folder: Path) -> io.BufferedRandom:
             "wait for it, or end it: the same command then goes on from there"
         ) from None
     return stream
-
-
-@contextmanager
-def _locked(path: Path):
-    """Hold an exclusive lock for the moments in which folders are looked for and made."""
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

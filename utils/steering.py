@@ -82,18 +82,11 @@ def steering_method(
         )
         if not distilled:
             return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
-        heads = {
-            name: models.once(
-                ("candidate head", name, iteration),
-                functools.partial(
-                    load_candidate_head,
-                    candidate_head(name),
-                    value_models[name],
-                    fingerprint(checkpoint(name)[0]),
-                ),
-            )
-            for name, iteration in iterations.items()
-        }
+
+        def load_head(name: str):
+            return load_candidate_head(candidate_head(name), value_models[name], fingerprint(checkpoint(name)[0]))
+
+        heads = {n: models.once(("candidate head", n), functools.partial(load_head, n)) for n in iterations}
         return CandidatePolicy(models.reference, value_models, heads, settings.weights, **settings.tilt)
 
     def candidate_head(objective: str) -> str:
