@@ -18,8 +18,9 @@ from utils import models, rivals
 from utils.cli import DataError, run
 from utils.config import REPOSITORY
 from utils.decoding import decode
-from utils.policies import AdapterOf, MixturePolicy, RewardGuidedPolicy
+from utils.policies import MixturePolicy, RewardGuidedPolicy
 from utils.runs import read_arguments, read_samples
+from utils.shared_base import AdapterOf
 
 CPU = torch.device("cpu")
 NAMES = ("llama_grouped_tied", "gpt2")

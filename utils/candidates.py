@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from utils import tilting
+from utils.cached_models import without_adapter
 from utils.cli import DataError, progress
 from utils.files import write_atomically
-from utils.policies import MavisPolicy, last_states, without_adapter
+from utils.policies import MavisPolicy, last_states
 
 TABLE_SHRINKAGE = 5.0  # a token's mean is drawn to 0 as by so many candidates more
 HELD_OUT = 5  # every fifth prompt is held out
@@ -80,14 +81,18 @@ class _Watching(MavisPolicy):
 
     def _choose(self, choice, tokens):
         for i, x in enumerate(self.behind):
-            self.extras[f"state {i}"] = x[torch.arange(len(choice), device=choice.device), choice]
+            self.extras[f"state {i}"] = x[torch.arange(len(choice), device=choice.device), :, choice]
         super()._choose(choice, tokens)
 
     def states_by_objective(self) -> list[Tensor]:
         """(B, H) of each objective's value model, in the objectives' order."""
-        order = iter(self._order)
-        found = {next(order): f"state {i}" for i, reader in enumerate(self.value_readers) for _ in reader.heads}
-        return [self.extras[found[m]] for m in range(len(found))]
+        states = (
+            x
+            for i, reader in enumerate(self.value_readers)
+            for x in self.extras[f"state {i}"].expand(-1, len(reader.heads), -1).unbind(1)
+        )
+        found = dict(zip(self._order, states, strict=True))
+        return [found[m] for m in range(len(found))]
 
 
 @torch.inference_mode()

@@ -30,9 +30,9 @@ from transformers import (
 from utils.cli import DataError, quiet_libraries
 from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
-from utils.policies import AdapterOf
 from utils.runs import fingerprint
 from utils.sharding import this_process
+from utils.shared_base import AdapterOf
 
 quiet_libraries()
 

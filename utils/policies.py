@@ -1,9 +1,8 @@
 """What can give a next-token distribution, for a batch of rows that are at different places of different texts.
 
-The only place with key-value caches and attention masks. A policy holds a number of rows (slots). Each row's keys and
-values lie in columns of one buffer per model; a mask says which columns are the row's own, and positions are given
-explicitly, so that columns may lie in any order and a new text can take the place of a finished one at any step. All
-models of a policy have read the same tokens, so they share one layout.
+A policy holds a number of rows (slots), each at its own place of its own text, and a new text can take the place of a
+finished one at any step (`cached_models` has the caches). All models of a policy have read the same tokens, so they
+share one layout.
 
 A step is: `distribution()` (value models score the k candidates in one masked pass), the caller's choice, `advance()`
 (the chosen candidate's keys and values are kept, the reference reads the chosen token once).
@@ -17,11 +16,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils import tilting
+from utils.cached_models import (
+    CachedModel,
+    Layout,
+    SlotCache,
+    additive,
+    backbone_of,
+    head_of,
+    pools_mean,
+    without_adapter,
+)
 from utils.costs import forward_flops
+from utils.shared_base import AdapterStack
 
 
 @dataclass(frozen=True)
@@ -43,236 +51,6 @@ class Snapshot:
     p_ref: Tensor  # (k,)
     token_ids: Tensor  # (k,)
     extras: dict[str, Tensor]  # what else a policy keeps of a row, see `_Policy.extras`
-
-
-# --------------------------------------------------------------------------------------------------------- attention
-
-
-def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-    """torch's attention with the queries that share a key-value head stacked, so that no key or value is repeated.
-
-    query (B, H, q, D), key and value (B, H / G, W, D), attention_mask (B, 1, q, W).
-    """
-    groups = query.shape[1] // key.shape[1]
-    if attention_mask is None or groups == 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    b, h, q, d = query.shape
-    stacked = query.reshape(b, h // groups, groups * q, d)
-    mask = attention_mask.expand(b, 1, q, -1).repeat(1, 1, groups, 1) if q > 1 else attention_mask
-    out = nn.functional.scaled_dot_product_attention(
-        stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-    )
-    return out.reshape(b, h, q, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("mavis_grouped", _grouped_sdpa)
-
-
-# ------------------------------------------------------------------------------------------------------------- caches
-
-
-class Layout:
-    """Which cache columns of each row hold its tokens; shared by all models of a policy.
-
-    valid (B, capacity) bool; length (B,) int64, the number of tokens read, which is the next token's position.
-    `lengths` is the same on the host, so that nothing has to be read back from a device.
-    """
-
-    def __init__(self, rows: int, device: torch.device, capacity: int = 64):
-        self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
-        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.lengths = [0] * rows
-        self.width = 0  # columns in use
-
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
-
-    def ensure(self, columns: int) -> None:
-        """Room for that many columns."""
-        have = self.valid.shape[1]
-        if columns > have:
-            more = max(columns, have + have // 2) - have
-            self.valid = nn.functional.pad(self.valid, (0, more))
-
-    def append(self) -> None:
-        """Every row has read one more token, in column `width`."""
-        self.ensure(self.width + 1)
-        self.valid[:, self.width] = True
-        self.length += 1
-        self.lengths = [n + 1 for n in self.lengths]
-        self.width += 1
-
-    def step_mask(self, queries: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask (B, 1, q, width + q) of q tokens at one position: each sees the row's past and itself."""
-        past = self.valid[:, None, : self.width].expand(-1, queries, -1)
-        own = torch.eye(queries, dtype=torch.bool, device=self.valid.device).expand(self.rows, -1, -1)
-        return _additive(torch.cat([past, own], dim=-1), dtype)
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, q, W) bool to (B, 1, q, W): 0 where a query may look, the lowest number elsewhere."""
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
-
-
-class SlotCache(Cache):
-    """Keys and values of all layers of one model in one buffer (2, layers, rows, heads, capacity, head size)."""
-
-    def __init__(self, layout: Layout, layers: int):
-        super().__init__(layers=[])
-        self.layout = layout
-        self.num_layers = layers
-        self.store: Tensor | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Write q new columns behind the layout's width; returns all columns up to them."""
-        start, stop = self.layout.width, self.layout.width + key_states.shape[2]
-        if layer_idx == 0:
-            self.ensure(key_states, stop)
-        keys, values = self.store[0, layer_idx], self.store[1, layer_idx]
-        keys[:, :, start:stop] = key_states
-        values[:, :, start:stop] = value_states
-        return keys[:, :, :stop], values[:, :, :stop]
-
-    def ensure(self, like: Tensor, columns: int) -> None:
-        """Room for that many columns; `like` (B, heads, _, head size) gives the shape; unused columns are 0."""
-        have = 0 if self.store is None else self.store.shape[4]
-        if columns <= have:
-            return
-        b, heads, _, size = like.shape
-        new = like.new_zeros(2, self.num_layers, b, heads, max(columns, have + have // 2, 64), size)
-        if have:
-            new[:, :, :, :, :have] = self.store
-        self.store = new
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layout.width
-
-    def commit(self, choice: Tensor) -> None:
-        """Of k candidates in columns width..width + k, keep the chosen one in column `width`."""
-        if self.store is None:
-            return
-        rows = torch.arange(len(choice), device=choice.device)
-        chosen = self.store[:, :, rows, :, self.layout.width + choice]  # (B, 2, layers, heads, size)
-        self.store[:, :, :, :, self.layout.width] = chosen.permute(1, 2, 0, 3, 4)
-
-    def take_columns(self, columns: Tensor) -> None:
-        """Keep columns (B, W) of each row, in that order."""
-        if self.store is not None:
-            index = columns[None, None, :, None, :, None].expand(*self.store.shape[:4], -1, self.store.shape[5])
-            self.store = self.store.gather(4, index)
-
-    def take_rows(self, rows: Tensor, empty: int) -> None:
-        """Keep these rows, in that order, and add empty ones behind."""
-        if self.store is not None:
-            kept = self.store.index_select(2, rows)
-            if empty:
-                shape = list(kept.shape)
-                shape[2] = empty
-                kept = torch.cat([kept, kept.new_zeros(shape)], dim=2)
-            self.store = kept
-
-
-def without_adapter(model: nn.Module) -> nn.Module:
-    """A transformers model without its PEFT wrapper; the adapter's layers are inside the base."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def pools_mean(model: nn.Module) -> bool:
-    """Whether a value model's value is the mean of its head over the response, not the head at the last token."""
-    return getattr(model.config, "value_pooling", "last") == "mean"
-
-
-def _head(model: nn.Module) -> nn.Module:
-    """A value model's scalar head."""
-    for name in ("score", "classifier"):
-        if hasattr(model, name):
-            return getattr(model, name)
-    raise ValueError(f"a value model needs a scalar head named score; {type(model).__name__} has none")
-
-
-class CachedModel:
-    """A transformers model and its rows' cache; for a value model, with the scalar heads that read its states.
-
-    Args:
-        heads: of the value models that share this one's backbone; they are applied to every token it reads. None: a
-            language model.
-    """
-
-    def __init__(self, model: nn.Module, heads: Sequence[nn.Module] | None = None):
-        model = self.model = without_adapter(model).eval()
-        self.heads = heads
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self.num_layers = getattr(text, "num_hidden_layers", 0)
-        self.context = getattr(text, "max_position_embeddings", None)
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        if heads is not None:
-            self.backbone = getattr(model, model.base_model_prefix)
-
-    def read(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        """Read (B, q) tokens; returns a value model's states (B, q, H), or logits (B, V) after the last token."""
-        config = self.model.config
-        attention = config._attn_implementation if hasattr(config, "_attn_implementation") else None
-        if attention == "sdpa":
-            config._attn_implementation = "mavis_grouped"
-        try:
-            inputs = dict(
-                input_ids=token_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-            )
-            if self.heads is not None:
-                return self.backbone(**inputs).last_hidden_state
-            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
-        finally:
-            if attention == "sdpa":
-                config._attn_implementation = attention
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """Each head's output (heads, B, q) at states (B, q, H)."""
-        return torch.stack([head(hidden).squeeze(-1) for head in self.heads])
-
-
-class AdapterOf(nn.Module):
-    """One of the LoRA adapters on a shared base, as a language model of its own.
-
-    The base's layers are switched to the adapter for the length of a call and off again, so that any number of policies
-    cost one base's memory, and the base itself stays the reference. It is for decoding: gradients are none of its
-    business.
-    """
-
-    def __init__(self, peft_model: nn.Module, adapter: str):
-        super().__init__()
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if adapter not in peft_model.peft_config:
-            raise ValueError(f"no adapter {adapter!r}; the model has {', '.join(peft_model.peft_config)}")
-        self.base, self.adapter = peft_model.get_base_model(), adapter
-        self.config = self.base.config
-        self.layers = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
-        self.switch(on=False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def switch(self, on: bool) -> None:
-        for layer in self.layers:  # PEFT's own switch would also walk every adapter's parameters, in each step
-            layer._disable_adapters = not on
-            layer._active_adapter = [self.adapter]
-
-    def forward(self, *args, **inputs):
-        self.switch(on=True)
-        try:
-            return self.base(*args, **inputs)
-        finally:
-            self.switch(on=False)
-
-
-# ----------------------------------------------------------------------------------------------------------- policies
 
 
 class _Policy:
@@ -318,11 +96,11 @@ class _Policy:
         """
         tokens = {
             "language_tokens": float(len(self.languages)),
-            "value_tokens": float(len(self.value_readers) * self.value_tokens),
+            "value_tokens": float(sum(r.copies for r in self.value_readers) * self.value_tokens),
         }
         try:
             flops = sum(forward_flops(r.model.config, 1, head_tokens=1) for r in self.languages)
-            flops += sum(forward_flops(r.model.config, self.value_tokens) for r in self.value_readers)
+            flops += sum(r.copies * forward_flops(r.model.config, self.value_tokens) for r in self.value_readers)
         except (ValueError, AttributeError):
             return tokens
         return tokens | {"gflop": flops / 1e9}
@@ -332,7 +110,7 @@ class _Policy:
     def open(self, rows: int) -> None:
         """Start with that many empty rows."""
         self.layout = Layout(rows, self.device)
-        self.caches = [SlotCache(self.layout, r.num_layers) for r in self.readers]
+        self.caches = [r.new_cache(self.layout) for r in self.readers]
         self.p_ref = self.token_ids = self.unsound = None
         # What a policy keeps of each row besides, {name: (B, ...)}: it is forked, loaded, saved and taken with the row.
         self.extras: dict[str, Tensor] = {}
@@ -367,8 +145,8 @@ class _Policy:
 
         outputs, kv = [], []
         for reader in self.readers:
-            cache = SlotCache(Layout(n, self.device), reader.num_layers)
-            outputs.append(reader.read(tokens, positions, _additive(allowed, reader.dtype), cache))
+            cache = reader.new_cache(Layout(n, self.device))
+            outputs.append(reader.read(tokens, positions, additive(allowed, reader.dtype), cache))
             kv.append(cache.store)
         p_ref, token_ids = self._candidates(outputs[: len(self.languages)], forbidden)
         starts = [len(p) for p in prompts] if response_starts is None else response_starts
@@ -482,7 +260,7 @@ class _Policy:
         """The extras of rows that have read these texts, {name: (B, ...)}.
 
         Args:
-            states: of each value reader, (B, q, H); the texts end in the last column.
+            states: of each value reader, (B, copies, q, H); the texts end in the last column.
             begun: (B, q), which tokens are the response's.
         """
         return {}
@@ -654,8 +432,8 @@ class MavisPolicy(_TiltedPolicy):
         # Value models that share a backbone are read in one pass: {backbone: indices of its models}.
         shared: dict[int, list[int]] = {}
         for i, model in enumerate(models):
-            shared.setdefault(id(getattr(model, model.base_model_prefix)), []).append(i)
-        self.value_readers = [CachedModel(models[g[0]], [_head(models[i]) for i in g]) for g in shared.values()]
+            shared.setdefault(id(backbone_of(model)), []).append(i)
+        self.value_readers = [read_together([models[i] for i in group]) for group in shared.values()]
         self._order = [i for group in shared.values() for i in group]  # the objectives, as the readers have them
         pools = [pools_mean(m) for m in models]
         self._pools = torch.tensor(pools, device=self.device)[:, None] if any(pools) else None
@@ -672,7 +450,7 @@ class MavisPolicy(_TiltedPolicy):
         return {"response": torch.cat([sums, begun.sum(-1, keepdim=True).to(sums.dtype)], dim=1)}
 
     def _scores(self, states: Sequence[Tensor]) -> Tensor:
-        """The heads' outputs at each reader's states (B, q, H), as (B, M, q) in the objectives' order."""
+        """The heads' outputs at each reader's states (B, copies, q, H), as (B, M, q) in the objectives' order."""
         return self._in_order([reader.score(x) for reader, x in zip(self.value_readers, states, strict=True)])
 
     def _in_order(self, scores: Sequence[Tensor]) -> Tensor:
@@ -682,7 +460,7 @@ class MavisPolicy(_TiltedPolicy):
         return stacked if stacked.dtype == torch.float64 else stacked.float()
 
     def _read_values(self, tokens: Tensor) -> list[Tensor]:
-        """Each reader's states (B, q, H) of q tokens (B, q) that could all be the next one, behind the layout."""
+        """Each reader's states (B, copies, q, H) of q tokens (B, q) that could all be the next one, behind the layout."""
         q = tokens.shape[1]
         positions = self.layout.length.unsqueeze(1).expand(-1, q)  # all candidates stand at the next position
         masks: dict[torch.dtype, Tensor] = {}
@@ -717,9 +495,15 @@ class MavisPolicy(_TiltedPolicy):
         self.extras["response"] += nn.functional.pad(scores[..., 0], (0, 1), value=1.0)
 
 
+def read_together(models: Sequence[nn.Module]) -> CachedModel:
+    """Value models that share a backbone, as one reader."""
+    members = [model.member for model in models] if isinstance(backbone_of(models[0]), AdapterStack) else None
+    return CachedModel(models[0], [head_of(model) for model in models], members)
+
+
 def last_states(states: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Extras {"state <reader>": (B, H)}: what each value reader's states (B, q, H) end in."""
-    return {f"state {i}": x[:, -1] for i, x in enumerate(states)}
+    """Extras {"state <reader>": (B, copies, H)}: what each value reader's states (B, copies, q, H) end in."""
+    return {f"state {i}": x[:, :, -1] for i, x in enumerate(states)}
 
 
 class CandidatePolicy(MavisPolicy):
@@ -750,10 +534,14 @@ class CandidatePolicy(MavisPolicy):
     def _candidate_scores(self) -> Tensor:
         return self._in_order(
             [
-                torch.stack([head(self.extras[f"state {i}"], self.token_ids) for head in heads])
+                torch.stack([head(x, self.token_ids) for head, x in zip(heads, self._states_before(i), strict=True)])
                 for i, heads in enumerate(self.candidate_heads)
             ]
         )
+
+    def _states_before(self, reader: int) -> tuple[Tensor, ...]:
+        """The states (B, H) that each head of a reader has of the text so far."""
+        return self.extras[f"state {reader}"].expand(-1, len(self.candidate_heads[reader]), -1).unbind(1)
 
     def _choose(self, choice: Tensor, tokens: Tensor) -> None:
         states = self._read_values(tokens)

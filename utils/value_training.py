@@ -30,11 +30,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
+from utils.cached_models import pools_mean, without_adapter
 from utils.cli import DataError, progress
 from utils.config import TrainingSpec
 from utils.files import hold, put_in_place, write_atomically, write_csv, write_json
 from utils.places import ADAPTER, record_checksum
-from utils.policies import pools_mean, without_adapter
 from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
