@@ -50,10 +50,11 @@ if [ -z "${PAIRS:-}" ]; then
   done
 fi
 
-vector() {  # A WEIGHT_OF_A B WEIGHT_OF_B: --obj_weights in the data set's order
-  local cells=() objective
+vector() {  # A WEIGHT_OF_A B WEIGHT_OF_B: --obj_weights in the data set's order; a weight of 0 is left out
+  local cells=() objective weight
   for objective in $OBJECTIVES; do
-    case $objective in "$1") cells+=("$2") ;; "$3") cells+=("$4") ;; *) cells+=("") ;; esac
+    case $objective in "$1") weight=$2 ;; "$3") weight=$4 ;; *) weight= ;; esac
+    cells+=("$(awk -v w="$weight" 'BEGIN { if (w + 0 != 0) printf "%g", w }')")
   done
   (IFS=,; echo "${cells[*]}")
 }
@@ -61,6 +62,13 @@ vector() {  # A WEIGHT_OF_A B WEIGHT_OF_B: --obj_weights in the data set's order
 rest() { awk -v w="$1" 'BEGIN { printf "%g", 1 - w }'; }
 inner() { awk -v w="$1" 'BEGIN { exit !(w > 0 && w < 1) }'; }
 both() { [ -e "$1" ] && [ -e "$2" ]; }
+
+points_of() {  # WEIGHTS PAIR...: the pairs' points at these weights, each once (pairs share their ends), one per line
+  local weights=$1 pair w
+  for pair in "${@:2}"; do
+    for w in $weights; do vector "${pair%,*}" "$w" "${pair#*,}" "$(rest "$w")"; done
+  done | awk '!seen[$0]++ { print "--obj_weights=" $0 }'
+}
 
 # ------------------------------------------------------------------------------------------------ what must be trained
 for pair in $PAIRS; do
@@ -88,56 +96,65 @@ for pair in $PAIRS; do
 done
 
 # -------------------------------------------------------------------------------------------------------- evaluations
-# One command per method, pair and seed: its weights (and betas) are points from one load of the models.
+# One command per method and seed: the weights of all pairs (and betas) are points from one load of the models.
+# shellcheck disable=SC2086
+{
+  mapfile -t POINTS < <(points_of "$WEIGHTS" $PAIRS)
+  mapfile -t ENDS < <(points_of "0 1" $PAIRS)
+}
+TABLE_PAIRS=
+for pair in $PAIRS; do
+  if both "$WORKSPACE/token_tables/${pair%,*}.safetensors" "$WORKSPACE/token_tables/${pair#*,}.safetensors"; then
+    TABLE_PAIRS+=" $pair"
+  elif has table; then
+    echo "note: no token tables of $pair in $WORKSPACE/token_tables (fit_token_table.py makes them): left out"
+  fi
+done
+declare -A STEERED  # {iteration: pairs that have its value models}
+for pair in $PAIRS; do
+  found=
+  for folder in "$WORKSPACE"/value_models/iter_*; do
+    both "$folder/${pair%,*}/metrics.json" "$folder/${pair#*,}/metrics.json" || continue
+    found=1
+    STEERED[${folder##*iter_}]+=" $pair"
+  done
+  if [ -z "$found" ] && { has mavis || has beam; }; then
+    echo "note: no value models of $pair in $WORKSPACE/value_models (scripts/train_iter_0.sh makes them): left out"
+  fi
+done
+
+# shellcheck disable=SC2086
 for seed in $SEEDS; do
-  SEED=(--seed "$seed")
-  if has reference; then stage "reference, seed $seed" python baseline_eval.py "${EVAL[@]}" "${SEED[@]}"; fi
-  for pair in $PAIRS; do
-    a=${pair%,*} b=${pair#*,}
-    at="$pair, seed $seed"
-    POINTS=() ENDS=()
-    for w in $WEIGHTS; do
-      v=$(vector "$a" "$w" "$b" "$(rest "$w")")
-      POINTS+=(--obj_weights "$v")
-      inner "$w" || ENDS+=(--obj_weights "$v")
-    done
-    if has table; then
-      if both "$WORKSPACE/token_tables/$a.safetensors" "$WORKSPACE/token_tables/$b.safetensors"; then
-        # shellcheck disable=SC2086
-        stage "token table $at" python baseline_eval.py --token_table --beta $BETAS "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"
-      else
-        echo "note: no token tables of $pair in $WORKSPACE/token_tables (fit_token_table.py makes them): left out"
-      fi
+  RUN=("${EVAL[@]}" --seed "$seed")
+  if has reference; then stage "reference, seed $seed" python baseline_eval.py "${RUN[@]}"; fi
+  if has table && [ -n "$TABLE_PAIRS" ]; then
+    mapfile -t points < <(points_of "$WEIGHTS" $TABLE_PAIRS)
+    stage "token table, seed $seed" python baseline_eval.py --token_table --beta $BETAS "${points[@]}" "${RUN[@]}"
+  fi
+  for n in $(printf '%s\n' "${!STEERED[@]}" | sort -n); do
+    mapfile -t points < <(points_of "$WEIGHTS" ${STEERED[$n]})
+    steered=(--value_model_iter "$n" "${points[@]}" "${RUN[@]}")
+    if has mavis; then stage "mavis, iteration $n, seed $seed" python mavis.py --beta $BETAS "${steered[@]}"; fi
+    if has beam; then
+      stage "beam search, iteration $n, seed $seed" python mavis_bs.py --Q 4 --N 4 --beta $BEAM_BETAS "${steered[@]}"
     fi
-    found=
-    for folder in "$WORKSPACE"/value_models/iter_*; do
-      both "$folder/$a/metrics.json" "$folder/$b/metrics.json" || continue
-      found=1 n=${folder##*iter_}
-      if has mavis; then
-        # shellcheck disable=SC2086
-        stage "mavis $at, iteration $n" python mavis.py --value_model_iter "$n" --beta $BETAS "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"
-      fi
-      if has beam; then
-        # shellcheck disable=SC2086
-        stage "beam search $at, iteration $n" python mavis_bs.py --Q 4 --N 4 --value_model_iter "$n" --beta $BEAM_BETAS "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"
-      fi
-    done
-    if [ -z "$found" ] && { has mavis || has beam; }; then
-      echo "note: no value models of $pair in $WORKSPACE/value_models (scripts/train_iter_0.sh makes them): left out"
+  done
+  for n in $NUM_SAMPLES; do
+    if has best_of; then
+      stage "best of $n, seed $seed" python baseline_eval.py --num_samples "$n" "${POINTS[@]}" "${RUN[@]}"
     fi
-    for n in $NUM_SAMPLES; do
-      if has best_of; then stage "best of $n $at" python baseline_eval.py --num_samples "$n" "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"; fi
-    done
-    if has morlhf; then
-      stage "MORLHF $at" python baseline_eval_KL.py --morlhf "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"
-    elif has ppo && [ ${#ENDS[@]} -gt 0 ]; then  # MORLHF's ends are the single policies
-      stage "policies $at" python baseline_eval_KL.py --morlhf "${ENDS[@]}" "${EVAL[@]}" "${SEED[@]}"
+  done
+  if has morlhf; then
+    stage "MORLHF, seed $seed" python baseline_eval_KL.py --morlhf "${POINTS[@]}" "${RUN[@]}"
+  elif has ppo; then  # MORLHF's ends are the single policies
+    stage "policies, seed $seed" python baseline_eval_KL.py --morlhf "${ENDS[@]}" "${RUN[@]}"
+  fi
+  if has soups; then stage "soups, seed $seed" python baseline_eval_KL.py --ppo "${POINTS[@]}" "${RUN[@]}"; fi
+  if has mod; then stage "MOD, seed $seed" python mod_eval.py "${POINTS[@]}" "${RUN[@]}"; fi
+  for beta in $ARM_BETAS; do
+    if has arm; then
+      stage "GenARM, beta $beta, seed $seed" python baseline_eval_KL.py --arm --arm_beta "$beta" "${POINTS[@]}" "${RUN[@]}"
     fi
-    if has soups; then stage "soups $at" python baseline_eval_KL.py --ppo "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"; fi
-    if has mod; then stage "MOD $at" python mod_eval.py "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"; fi
-    for beta in $ARM_BETAS; do
-      if has arm; then stage "GenARM $at, beta $beta" python baseline_eval_KL.py --arm --arm_beta "$beta" "${POINTS[@]}" "${EVAL[@]}" "${SEED[@]}"; fi
-    done
   done
 done
 

@@ -460,7 +460,7 @@ class MavisPolicy(_TiltedPolicy):
         return stacked if stacked.dtype == torch.float64 else stacked.float()
 
     def _read_values(self, tokens: Tensor) -> list[Tensor]:
-        """Each reader's states (B, copies, q, H) of q tokens (B, q) that could all be the next one, behind the layout."""
+        """Each reader's states (B, copies, q, H) of q tokens (B, q) that could be the next one, behind the layout."""
         q = tokens.shape[1]
         positions = self.layout.length.unsqueeze(1).expand(-1, q)  # all candidates stand at the next position
         masks: dict[torch.dtype, Tensor] = {}
