@@ -615,3 +615,42 @@ def test_a_front_script_stops_at_the_first_failure_and_says_its_usage(tmp_path):
     assert code == 3 and len(commands) == 1
     code, commands, error = stages(tmp_path / "again", script_name, "0")
     assert code == 2 and not commands and "ITERS BETA" in error
+
+
+def test_stacked_adapters_give_the_answers_of_merged_ones(script, tmp_path, monkeypatch):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from utils.shared_base import AdapterStack
+
+    reads, read = [], AdapterStack.read
+
+    def watched(stack, members, *args, **inputs):
+        reads.append(members)
+        return read(stack, members, *args, **inputs)
+
+    monkeypatch.setattr(AdapterStack, "read", watched)
+    values = tmp_path / "values"
+    shutil.copytree(script.toy / "workspace" / "value_models", values)
+    for name in ("low", "even"):  # adapters that change the backbone: an untrained one is shared without being stacked
+        file = values / "iter_0" / name / "adapter_model.safetensors"
+        generator = torch.Generator().manual_seed(len(name))
+        tensors = load_file(file)
+        save_file(
+            tensors | {k: torch.randn(t.shape, generator=generator) for k, t in tensors.items() if "lora_B" in k}, file
+        )
+    steer = ("mavis", "--front", "low,even", "--points", 3, "--beta", 3, "--batch_size", 3, "--value_model_dir", values)
+    assert script(*steer) == 0 and script(*steer, "--value_adapters", "stacked") == 0
+    runs = {}
+    for folder in run_folders(script):
+        arguments = read_arguments(folder)
+        kind = arguments["series"].get("value_adapters", "merged")
+        runs.setdefault(tuple(arguments["weights"].items()), {})[kind] = read_samples(folder)
+    assert len(runs) == 3 and set(reads) == {(0,), (1,), (1, 0)}
+    for kinds in runs.values():
+        assert [s["response"] for s in kinds["stacked"]] == [s["response"] for s in kinds["merged"]]
+        for one, other in zip(kinds["stacked"], kinds["merged"], strict=True):
+            assert one["log_ratio"] == pytest.approx(other["log_ratio"], abs=2e-4)
+            assert one["value_tokens"] == other["value_tokens"]

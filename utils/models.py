@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,12 +27,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from utils.cached_models import backbone_of
 from utils.cli import DataError, quiet_libraries
 from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 from utils.runs import fingerprint
 from utils.sharding import this_process
-from utils.shared_base import AdapterOf
+from utils.shared_base import AdapterOf, AdapterStack
 
 quiet_libraries()
 
@@ -330,14 +331,19 @@ def load_value_model(
     Raises:
         DataError: no adapter there, or one that does not fit the configuration's value model or the vocabulary.
     """
-    folder = Path(folder)
+    merged = _adapted_value_model(config, Path(folder), tokenizer, vocab_size).merge_and_unload()
+    return merged.to(device, dtype or pick_dtype(config, device)).eval()
+
+
+def _adapted_value_model(
+    config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> PeftModel:
     check_adapter_folder(
         folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}"
     )
     _check_trained_for(folder, tokenizer, config.value_model.pooling)
     base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
-    merged = _load_adapter(base, folder).merge_and_unload()
-    return merged.to(device, dtype or pick_dtype(config, device)).eval()
+    return _load_adapter(base, folder)
 
 
 def load_value_models(
@@ -348,10 +354,17 @@ def load_value_models(
     vocab_size: int,
     device: torch.device,
     loaded: dict | None = None,
-) -> dict[str, PreTrainedModel]:
+    adapters: str = "merged",
+) -> dict[str, torch.nn.Module]:
     """The value models of every objective that has an iteration: {objective: model}.
 
-    `loaded` is kept between calls: what one of them has loaded no other loads again.
+    Args:
+        loaded: kept between calls: what one of them has loaded no other loads again.
+        adapters: "merged", each a model of its own, or "stacked", members of one `AdapterStack`. Those whose head alone
+            was trained share the base either way.
+
+    Raises:
+        DataError: as `load_value_model`; to be stacked, an adapter that is no plain LoRA.
     """
     folders = {name: value_model_folder(config, value_model_dir, n, name) for name, n in iterations.items()}
     for name, folder in folders.items():  # all are looked for before the first is loaded
@@ -362,17 +375,30 @@ def load_value_models(
     for folder in folders.values():
         if folder in loaded:
             continue
+        only_head = _only_head_is_trained(folder)
+        if adapters == "stacked" and not only_head:
+            adapted = _adapted_value_model(config, folder, tokenizer, vocab_size)
+            try:
+                stack = loaded.setdefault("stack", AdapterStack())
+                loaded[folder] = stack.add(adapted, device, pick_dtype(config, device))
+            except ValueError as error:
+                raise DataError(
+                    f"the value model in {folder} cannot be stacked: {error}; use --value_adapters merged"
+                ) from error
+            continue
         model = loaded[folder] = load_value_model(config, folder, tokenizer, vocab_size, device)
-        if _only_head_is_trained(folder):  # then the backbone is the base's: one for all, which is read once
-            own = getattr(model, model.base_model_prefix)
-            setattr(model, model.base_model_prefix, loaded.setdefault("untrained backbone", own))
+        if only_head:  # then the backbone is the base's: one for all, which is read once
+            setattr(model, model.base_model_prefix, loaded.setdefault("untrained backbone", backbone_of(model)))
     return {name: loaded[folder] for name, folder in folders.items()}
 
 
 def _only_head_is_trained(folder: str | Path) -> bool:
     """Whether an adapter changes nothing but the head: every LoRA's second matrix is still 0."""
-    with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
-        return not any(file.get_tensor(key).any() for key in file.keys() if "lora_B" in key)  # noqa: SIM118
+    try:
+        with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
+            return not any(file.get_tensor(key).any() for key in file.keys() if "lora_B" in key)  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False  # it is no adapter, as whoever loads it will say
 
 
 def _load_adapter(

@@ -14,6 +14,7 @@ from utils.runs import fingerprint
 from utils.settings import Settings, add_tilt_arguments
 
 VALUE_HEADS = ("scalar", "candidates")
+VALUE_ADAPTERS = ("merged", "stacked")
 
 
 def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) -> None:
@@ -33,6 +34,13 @@ def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) ->
         default=VALUE_HEADS[0],
         help="scalar: a value model reads each of the k candidates; candidates: it reads the one that was taken, and a "
         "candidate head (fit_candidate_heads.py) values all k from the state before them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--value_adapters",
+        choices=VALUE_ADAPTERS,
+        default=VALUE_ADAPTERS[0],
+        help="merged: each value model has weights of its own; stacked: their adapters share one base in memory, and a "
+        "text is read with all of them in one pass (default: %(default)s)",
     )
     group.add_argument("--candidate_head_dir", help="folder of candidate heads (default: the workspace's)")
     add_tilt_arguments(parser, "steering", kl_budget=kl_budget)
@@ -79,6 +87,7 @@ def steering_method(
             models.vocab_size,
             models.device,
             loaded=models.once("value models", dict),
+            adapters=args.value_adapters,
         )
         if not distilled:
             return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
@@ -116,6 +125,7 @@ def steering_method(
             "iteration": args.value_model_iter,
             "value_model_dir": args.value_model_dir or "value_models",
             **({"value_head": args.value_head} if distilled else {}),
+            **({"value_adapters": "stacked"} if args.value_adapters == "stacked" else {}),  # other rounding
             **settings.tilt_series,
             **(series or {}),
         },
