@@ -11,17 +11,15 @@ value model on B x k tokens after theirs. Below 1 means that ours makes a call c
 from __future__ import annotations
 
 import json
-import platform
-import resource
 import statistics
 import sys
-import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measuring import conditions, in_turns, peak_memory  # noqa: E402
 from utils import cli  # noqa: E402
 
 
@@ -46,9 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
 
-    import torch
-    import transformers
-
     from utils.models import load_reference, pick_device, vocabulary_size
 
     device = pick_device(args.device)
@@ -59,16 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(reference, values, batch_size, args, device)
     record = {
         "rows": rows,
-        "command": "python benchmarks/decode.py " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{processor()}, {torch.get_num_threads()} threads",
-        "dtype": str(reference.dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **conditions("benchmarks/decode.py", argv, device, reference.dtype),
         "reference_parameters": sum(p.numel() for p in reference.parameters()),
         "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
         "value_model_backbones": backbones(values),
@@ -181,16 +167,7 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
         "bare value model": lambda: bare(values[0].model, inputs, k, tokens),
         "bare value model, 1 token": lambda: bare(values[0].model, inputs, 1, tokens),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    generated: dict[str, int] = {}
-    for round_ in range(args.rounds + 1):  # the first warms up
-        for name, method in methods.items():
-            synchronize(device)
-            start = time.perf_counter()
-            generated[name] = method()
-            synchronize(device)
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
+    seconds, generated = in_turns(methods, args.rounds, device)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     needs = {
         "generate": median["bare reference"],
@@ -232,31 +209,6 @@ def bare(model, inputs, queries: int, steps: int) -> int:
             if queries > 1:
                 cache.crop(-(queries - 1))
     return inputs.shape[0] * steps
-
-
-def synchronize(device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device) -> int:
-    """Peak memory of the process on its device, MiB."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def print_table(record: dict) -> None:

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""MAVIS with 1, 2 and 3 value models that are LoRA adapters: apart, merged, and stacked on one base.
+
+    python benchmarks/value_adapters.py --config smollm --batch_size 1 8 32 \\
+        --output benchmarks/results/value_adapters_smollm_cpu.json
+
+`apart`: each value model is a base with its adapter as PEFT leaves it. `merged`: each is a base with the adapter added
+into its weights. `stacked`: one base reads a copy of every text for each adapter (`shared_base.AdapterStack`). The
+adapters are random, of the configuration's rank: what they say does not matter for the time that it takes. All kinds
+run in turns in one process; ratios are of the medians.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import conditions, in_turns  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.cli import aligned  # noqa: E402
+
+KINDS = ("apart", "merged", "stacked")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", default="anthropic", help="whose reference")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens of each answer, all of this length")
+    parser.add_argument("--topk", type=int, default=15, help="candidates per step")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
+    parser.add_argument("--output", type=Path, help="JSON file of the rows")
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = cli.config_from(args)
+    from utils.models import load_reference, pick_device, vocabulary_size
+
+    device = pick_device(args.device)
+    reference, tokenizer = load_reference(config, config.dataset(args.dataset), device)
+    models = value_models(config, tokenizer, vocabulary_size(reference), device)
+    rows = [row for batch_size in args.batch_size for row in measure(reference, models, batch_size, args, device)]
+    record = {
+        "rows": rows,
+        **conditions("benchmarks/value_adapters.py", argv, device, reference.dtype),
+        "lora_rank": config.value_model.lora.r,
+        "mebibytes": {f"{kind}_{n}": mebibytes(models[kind][:n]) for kind in KINDS for n in (1, 2, 3)},
+        "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
+    }
+    print(f"{record['device']}, {record['dtype']}")
+    print("\n".join(aligned([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def value_models(config, tokenizer, vocab_size: int, device) -> dict[str, list]:
+    """Three value models of each kind, the same ones."""
+    import torch
+
+    from utils.models import new_value_model, pick_dtype
+    from utils.shared_base import AdapterStack
+
+    dtype, stack = pick_dtype(config, device), AdapterStack()
+    found: dict[str, list] = {kind: [] for kind in KINDS}
+    for seed in range(3):
+        model = new_value_model(config, tokenizer, vocab_size, torch.device("cpu"), seed=seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name or "score" in name:
+                    p.normal_(0.0, 0.02)
+        found["apart"].append(copy.deepcopy(model).to(device, dtype).eval())
+        found["merged"].append(copy.deepcopy(model).merge_and_unload().to(device, dtype).eval())
+        found["stacked"].append(stack.add(model, device, dtype))
+    return found
+
+
+def measure(reference, models, batch_size: int, args, device) -> list[dict]:
+    """One row per number of value models and kind."""
+    import torch
+
+    from utils.decoding import decode
+    from utils.policies import MavisPolicy, ReferencePolicy
+
+    size = (batch_size, args.prompt_tokens)
+    half = reference.get_input_embeddings().num_embeddings // 2
+    prompts = torch.randint(10, half, size, generator=torch.Generator().manual_seed(0)).tolist()
+    keys = [(0, i) for i in range(batch_size)]
+
+    def run(policy) -> int:
+        options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": None, "batch_size": batch_size}
+        return sum(len(c.token_ids) for c in decode(policy, prompts, keys=keys, **options))
+
+    def steered(kind: str, n: int) -> int:
+        return run(MavisPolicy(reference, models[kind][:n], [1.0 / n] * n, beta=4.0, top_k=args.topk))
+
+    methods = {"reference": lambda: run(ReferencePolicy(reference, top_k=args.topk))}
+    for n in (1, 2, 3):
+        methods |= {f"{kind}_{n}": lambda kind=kind, n=n: steered(kind, n) for kind in KINDS}
+    seconds, generated = in_turns(methods, args.rounds, device)
+    speeds = {name: [generated[name] / s for s in times] for name, times in seconds.items()}
+    median = {name: statistics.median(s) for name, s in speeds.items()}
+    return [
+        {
+            "kind": kind,
+            "value_models": n,
+            "batch_size": batch_size,
+            "tokens_per_second": round(median[f"{kind}_{n}"], 2),
+            "range": [round(min(speeds[f"{kind}_{n}"]), 2), round(max(speeds[f"{kind}_{n}"]), 2)],
+            "ratio_to_merged": round(median[f"{kind}_{n}"] / median[f"merged_{n}"], 3),
+            "ratio_to_reference": round(median[f"{kind}_{n}"] / median["reference"], 3),
+        }
+        for n in (1, 2, 3)
+        for kind in KINDS
+    ]
+
+
+def mebibytes(models) -> int:
+    """Memory of the models' weights, those that they share counted once."""
+    from utils.shared_base import StackedLinear
+
+    tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    for model in models:
+        for layer in (m for m in model.modules() if isinstance(m, StackedLinear)):
+            tensors += [t for update in layer.updates[: len(models)] if update is not None for t in update]
+            tensors += [] if layer.active is None else layer.active
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(kept.values()) // 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
