@@ -278,9 +278,12 @@ class Answer:
 def test_the_best_candidate_is_chosen_within_its_own_answer():
     candidates = [[Answer([1]), Answer([5])], [Answer([9]), Answer([2]), Answer([3])]]
     rows = pick(
-        [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, str,
-        lambda prompts, texts: {"value": [float(t[1:-1]) for t in texts], "other": [float(p == "b") for p in prompts]},
-        {"value": 1.0}, 0.25, True, {"judge_value": lambda prompts, texts: [len(t) for t in texts]}, {"gflop": 0.5},
+        [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, to_text=str,
+        score=lambda prompts, texts: {
+            "value": [float(t[1:-1]) for t in texts], "other": [float(p == "b") for p in prompts]
+        },
+        weights={"value": 1.0}, seconds=0.25, track_kl=True,
+        extra={"judge_value": lambda prompts, texts: [len(t) for t in texts]}, work={"gflop": 0.5},
     )  # fmt: skip
     assert [r["response"] for r in rows] == ["[5]", "[9]"]
     assert [r["rewards"] for r in rows] == [{"value": 5.0, "other": 0.0}, {"value": 9.0, "other": 1.0}]
@@ -290,8 +293,9 @@ def test_the_best_candidate_is_chosen_within_its_own_answer():
 
 def test_a_policy_without_a_log_ratio_leaves_it_out():
     (row,) = pick(
-        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, str, lambda p, t: {"r": np.zeros(1)}, {}, 0.0, True, {}, {}
-    )
+        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, to_text=str, score=lambda p, t: {"r": np.zeros(1)},
+        weights={}, seconds=0.0, track_kl=True, extra={}, work={},
+    )  # fmt: skip
     assert "log_ratio" not in row and json.dumps(row, allow_nan=False)
 
 

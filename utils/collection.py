@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import cli
 from utils.config import Config, DatasetSpec
 from utils.trees import Tree
+
+if TYPE_CHECKING:
+    from utils.growth import TreeShape
 
 CHUNK = 64  # prompts whose trees grow together: what a process takes at a time, and may lose when it is killed
 
@@ -97,6 +101,139 @@ def rounded(tree: Tree) -> Tree:
     return replace(tree, log_ratio=np.round(tree.log_ratio, LOG_RATIO_DECIMALS))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a command grows.
+
+    Attributes:
+        texts: the split's prompts; wanted: the indices that the command names.
+        made_with: what the folder records, and what another command must have to add to it.
+        growth: arguments of `grow_trees` that all its calls share.
+    """
+
+    shape: TreeShape
+    temperature: float
+    top_k: int
+    texts: Sequence[str]
+    wanted: Sequence[int]
+    made_with: Mapping
+    growth: Mapping
+
+
+def plan_of(config: Config, dataset: DatasetSpec, args: Namespace, shape: Mapping, policy: Mapping) -> Plan:
+    """The command line, resolved; arguments as in `collect`."""
+    from utils.data import prompts_csv, read_prompts
+    from utils.growth import TreeShape
+    from utils.runs import fingerprint
+
+    check_arguments(dataset, args)
+    given = {k: getattr(args, k) for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens")}
+    given = {k: v for k, v in given.items() if v is not None}
+    tree_shape = TreeShape(**{"max_new_tokens": dataset.max_new_tokens, **shape, **given})
+    temperature = config.decoding.temperature if args.temperature is None else args.temperature
+    top_k = config.decoding.top_k if args.topk is None else args.topk
+    seed = args.seed + args.seed_increment
+    texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
+    if args.start >= len(texts):
+        raise cli.DataError(
+            f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}"
+        )
+    made_with = {
+        **policy,
+        "reference": fingerprint(config.sft_path(dataset)),
+        "dataset": dataset.name,
+        "data_split": args.data_split,
+        "temperature": temperature,
+        "top_k": top_k,
+        "seed": seed,
+        **{name: value for name, value in vars(tree_shape).items() if value is not False},
+    }
+    batch_size = config.decoding.batch_size if args.batch_size is None else args.batch_size
+    wanted = range(args.start, min(args.start + args.num, len(texts)))
+    return Plan(tree_shape, temperature, top_k, texts, wanted, made_with, {"seed": seed, "batch_size": batch_size})
+
+
+class Grower:
+    """Grows trees into a folder, and counts what one process grew."""
+
+    def __init__(self, plan: Plan, output_dir: Path, known: Collection[int], bar):
+        self.plan, self.output_dir, self.known, self.bar = plan, output_dir, frozenset(known), bar
+        self.began, self.tokens, self.grown, self.discarded = time.time(), 0, 0, 0
+
+    def load(self, config: Config, dataset: DatasetSpec, device_name: str | None, build: Callable) -> None:
+        """Load the policy, and encode the prompts that are missing.
+
+        Raises:
+            DataError: no room for a prompt.
+        """
+        from utils.data import encode_prompts
+        from utils.models import load_reference, pick_device
+
+        plan, device = self.plan, pick_device(device_name)
+        reference, tokenizer = load_reference(config, dataset, device)
+        self.policy = build(reference, tokenizer, device, plan.top_k, plan.temperature)
+        self.eos_token_id = tokenizer.eos_token_id
+        room = None if self.policy.context is None else self.policy.context - plan.shape.max_new_tokens
+        if room is not None and room < 1:
+            raise cli.DataError(
+                f"--max_new_tokens {plan.shape.max_new_tokens} leaves no room for a prompt: the models attend to "
+                f"{self.policy.context} tokens"
+            )
+        missing = [i for i in plan.wanted if i not in self.known]
+        texts = [plan.texts[i] for i in missing]
+        self.encoded = dict(zip(missing, encode_prompts(dataset, tokenizer, texts, room), strict=True))
+
+    def lacking(self, unit: Sequence[int]) -> list[int]:
+        """The prompts of a unit that no process has done."""
+        from utils.hdf5_utils import tree_path
+
+        return [i for i in unit if i not in self.known and tree_path(self.output_dir, i) is None]
+
+    def has(self, unit: Sequence[int]) -> bool:
+        """Whether nothing is left to do of a unit."""
+        return not self.lacking(unit)
+
+    def grow(self, unit: Sequence[int]) -> None:
+        """Grow and write the trees of a unit's prompts, as far as they are lacking."""
+        from utils.growth import grow_trees
+        from utils.hdf5_utils import write_discarded, write_tree
+
+        for tree in grow_trees(
+            self.policy,
+            {i: self.encoded[i] for i in self.lacking(unit)},
+            dict(enumerate(self.plan.texts)),
+            self.plan.shape,
+            eos_token_id=self.eos_token_id,
+            on_tokens=self._count,
+            **self.plan.growth,
+        ):
+            if tree.depth.max() < min(2, self.plan.shape.num_layers):
+                self.discarded += 1
+                write_discarded(self.output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
+            else:
+                self.grown += 1
+                write_tree(self.output_dir, rounded(tree))
+            self.bar.update(1)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.bar.tokens(tokens)
+
+    def figures(self) -> dict[str, float]:
+        """What was grown until now."""
+        rate = self.tokens / max(time.time() - self.began, 1e-9)
+        return {
+            "trees": self.grown, "discarded": self.discarded, "tokens": self.tokens, "tokens_per_second": rate,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        figures, seconds = self.figures(), time.time() - self.began
+        return (
+            f"{self.grown} trees grown, {self.discarded} discarded (no second layer), {self.tokens} tokens in "
+            f"{seconds:.0f} s ({figures['tokens_per_second']:.0f} tokens/s)"
+        )
+
+
 def collect(
     config: Config,
     dataset: DatasetSpec,
@@ -119,111 +256,30 @@ def collect(
     Raises:
         UsageError, DataError: a range without prompts, a folder made with other arguments, a prompt without room.
     """
-    from utils.data import encode_prompts, prompts_csv, read_prompts
-    from utils.growth import TreeShape, grow_trees
-    from utils.hdf5_utils import (
-        claim_collection,
-        consolidate,
-        stored_indices,
-        tree_path,
-        write_discarded,
-        write_tree,
-    )
-    from utils.models import load_reference, pick_device
-    from utils.runs import fingerprint
+    from utils.hdf5_utils import claim_collection, consolidate, stored_indices
     from utils.sharding import Alone, chunks, claims_of, forget, share, this_process
     from utils.tracking import Tracker
 
-    process = this_process()
-    check_arguments(dataset, args)
-    fields = {"max_new_tokens": dataset.max_new_tokens, **shape}
-    fields |= {
-        k: getattr(args, k)
-        for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens")
-        if getattr(args, k) is not None
-    }
-    tree_shape = TreeShape(**fields)
-    temperature = config.decoding.temperature if args.temperature is None else args.temperature
-    top_k = config.decoding.top_k if args.topk is None else args.topk
-    seed = args.seed + args.seed_increment
-    texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
-    if args.start >= len(texts):
-        raise cli.DataError(
-            f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}"
-        )
-    made_with = {
-        **policy,
-        "reference": fingerprint(config.sft_path(dataset)),
-        "dataset": dataset.name,
-        "data_split": args.data_split,
-        "temperature": temperature,
-        "top_k": top_k,
-        "seed": seed,
-        **{name: value for name, value in vars(tree_shape).items() if value is not False},
-    }
-    claim_collection(output_dir, made_with, only_check=True)
+    process, plan = this_process(), plan_of(config, dataset, args, shape, policy)
+    claim_collection(output_dir, plan.made_with, only_check=True)
     if output_dir.is_dir() and process.first:
         consolidate(output_dir)  # a damaged store is found now, not behind hours of growth
     known = set(stored_indices(output_dir))
-    wanted = list(range(args.start, min(args.start + args.num, len(texts))))
-    missing = [i for i in wanted if i not in known]
-    began, tokens, grown, discarded = time.time(), 0, 0, 0
-    bar = cli.progress(total=len(missing), desc="trees", unit="prompt")
-
-    def count(n: int) -> None:
-        nonlocal tokens
-        tokens += n
-        bar.tokens(n)
-
-    tracker = Tracker(False, "")
+    missing = sum(i not in known for i in plan.wanted)
+    bar, tracker = cli.progress(total=missing, desc="trees", unit="prompt"), Tracker(False, "")
+    grower = Grower(plan, output_dir, known, bar)
     if missing:
-        device = pick_device(args.device)
-        reference, tokenizer = load_reference(config, dataset, device)
-        decoder = build(reference, tokenizer, device, top_k, temperature)
-        room = None if decoder.context is None else decoder.context - tree_shape.max_new_tokens
-        if room is not None and room < 1:
-            raise cli.DataError(
-                f"--max_new_tokens {tree_shape.max_new_tokens} leaves no room for a prompt: the models attend to "
-                f"{decoder.context} tokens"
-            )
-        encoded = dict(zip(missing, encode_prompts(dataset, tokenizer, [texts[i] for i in missing], room), strict=True))
+        grower.load(config, dataset, args.device, build)
         wandb, name = args.wandb and process.first, f"trees_{output_dir.name}"
-        tracker = Tracker(wandb, f"trees_{policy['policy']}", name, made_with)
-        claim_collection(output_dir, made_with)  # not before everything is loaded: a failure leaves no folder
-
-    def lacking(unit: list[int]) -> list[int]:
-        """The prompts of a unit that no process has done."""
-        return [i for i in unit if i not in known and tree_path(output_dir, i) is None]
-
-    def grow(unit: list[int]) -> None:
-        nonlocal grown, discarded
-        for tree in grow_trees(
-            decoder,
-            {i: encoded[i] for i in lacking(unit)},
-            dict(enumerate(texts)),
-            tree_shape,
-            seed=seed,
-            eos_token_id=tokenizer.eos_token_id,
-            batch_size=config.decoding.batch_size if args.batch_size is None else args.batch_size,
-            on_tokens=count,
-        ):
-            if tree.depth.max() < min(2, tree_shape.num_layers):
-                discarded += 1
-                write_discarded(output_dir, tree.prompt_index, tree.prompt, "no segment reached a second layer")
-            else:
-                grown += 1
-                write_tree(output_dir, rounded(tree))
-            bar.update(1)
-
+        tracker = Tracker(wandb, f"trees_{policy['policy']}", name, plan.made_with)
+        claim_collection(output_dir, plan.made_with)  # not before everything is loaded: a failure leaves no folder
     claimed = output_dir / "claims" / f"{args.start}-{args.num}-{args.chunk}"
     try:
         with claims_of(process, claimed) if missing else Alone() as claims:
-            for unit in share(
-                chunks(wanted, args.chunk), done=lambda unit: not lacking(unit), claims=claims, wait=process.first
-            ):
-                grow(unit)
-                rate = tokens / max(time.time() - began, 1e-9)
-                tracker.log({"trees": grown, "discarded": discarded, "tokens": tokens, "tokens_per_second": rate})
+            units = chunks(list(plan.wanted), args.chunk)
+            for unit in share(units, done=grower.has, claims=claims, wait=process.first):
+                grower.grow(unit)
+                tracker.log(grower.figures())
         if process.first:
             forget(claimed)
     finally:
@@ -231,12 +287,6 @@ def collect(
         total = consolidate(output_dir) if process.first else 0
         tracker.summary({"trees_in_folder": total})
         tracker.finish()
-    if not process.first:
-        return 0
-    seconds = time.time() - began
-    which = f"{process}: " if process.several else ""
-    print(
-        f"{which}{grown} trees grown, {discarded} discarded (no second layer), {tokens} tokens in {seconds:.0f} s "
-        f"({tokens / max(seconds, 1e-9):.0f} tokens/s); {output_dir} holds {total} trees"
-    )
+    if process.first:
+        print(f"{f'{process}: ' if process.several else ''}{grower}; {output_dir} holds {total} trees")
     return 0

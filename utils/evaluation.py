@@ -268,11 +268,27 @@ def answer_part(
     # Decoding alone, shared by the answers that were decoded together.
     seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
     seconds /= len(part)
-    return pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra or {}, work or {})
+    how = {"track_kl": track_kl, "extra": extra or {}, "work": work or {}}
+    return pick(part, candidates, prompts, to_text=to_text, score=score, weights=weights, seconds=seconds, **how)
 
 
-def pick(part, candidates, prompts, to_text, score, weights, seconds, track_kl, extra, work) -> list[dict]:
-    """Lines of samples.jsonl: the best candidate of each (index, trial), by weighted reward."""
+def pick(
+    part: Sequence[tuple[int, int]],
+    candidates: Sequence[Sequence[Any]],
+    prompts: Mapping[int, str],
+    *,
+    to_text: Callable[[Sequence[int]], str],
+    score: Score,
+    weights: Mapping[str, float],
+    seconds: float,
+    track_kl: bool,
+    extra: Mapping[str, Callable],
+    work: Mapping[str, float],
+) -> list[dict]:
+    """Lines of samples.jsonl: of the candidates of each (index, trial), the best by weighted reward.
+
+    `seconds` is each answer's; the other arguments are those of `answer_part`.
+    """
     from utils.decoding import LOG_RATIO_DECIMALS
 
     owner = [n for n, group in enumerate(candidates) for _ in group]
@@ -710,8 +726,8 @@ def answer_texts(points: Sequence[Settings], methods: Sequence[Method]) -> None:
         loaded = load(settings, method, models)
         encoded = loaded.encode(prompts)
         candidates = loaded.generate([encoded[i] for i, _ in part], keys, None)
-        weights, track = settings.weights, settings.track_kl
-        rows.append(pick(part, candidates, prompts, loaded.to_text, loaded.score, weights, 0.0, track, {}, {}))
+        how = {"weights": settings.weights, "track_kl": settings.track_kl, "seconds": 0.0, "extra": {}, "work": {}}
+        rows.append(pick(part, candidates, prompts, to_text=loaded.to_text, score=loaded.score, **how))
     several = len(points) > 1  # then what they share comes first, and each answer says its point
     shared = [f"{k} {v}" for k, v in methods[0].series.items() if not several or k != "beta"]
     own = [] if several else [describe_weights(first.weights) or "no weights"]
