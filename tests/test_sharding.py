@@ -457,8 +457,9 @@ def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
     def rows(batch_size):
         generate = sampler(policy, num_samples=1, max_new_tokens=12, eos_token_id=2, batch_size=batch_size)
         candidates = generate(list(prompts.values()), part)
-        nothing = (dict.fromkeys(prompts, ""), lambda ids: "", lambda asked, texts: {}, {}, 0.0, True, {}, {})
-        return pick(part, candidates, *nothing), [c[0].log_ratio for c in candidates]
+        nothing = {"to_text": lambda ids: "", "score": lambda asked, texts: {}, "weights": {}, "extra": {}, "work": {}}
+        kept = pick(part, candidates, dict.fromkeys(prompts, ""), seconds=0.0, track_kl=True, **nothing)
+        return kept, [c[0].log_ratio for c in candidates]
 
     assert trees(1) == trees(17)
     (one, exact), (many, _) = rows(1), rows(17)
