@@ -217,10 +217,10 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerato
     """Train one objective's value model, unless it is there."""
     import dataclasses
 
-    from utils import runs
-    from utils import value_training as vt
-    from utils.models import vocabulary_hash
+    from utils import runs, training_output
+    from utils.models import has_bfloat16, vocabulary_hash
     from utils.tracking import Tracker
+    from utils.value_training import train
 
     spec, name = plan.spec, plan.objective.name
     settings = {
@@ -232,28 +232,28 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerato
     record = runs.provenance(device, accelerator.num_processes, config)
     main_process = accelerator.is_main_process
     with accelerator.main_process_first():
-        folder = vt.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)
+        folder = training_output.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)
     if folder is None:
         accelerator.print(f"{plan.output} is complete (--rerun trains it again)")
         return
     accelerator.print(f"value model of {name}: {folder} until it is complete, then {plan.output}")
-    if spec.bf16 and not vt.bf16_is_fast(device):
+    if spec.bf16 and not has_bfloat16(device):
         spec = dataclasses.replace(spec, bf16=False)
         accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
-    with vt.discarded_unless_begun(folder, main_process=main_process):
+    with training_output.discarded_unless_begun(folder, main_process=main_process):
         model, tokenizer, training, validation = prepare(args, config, dataset, plan, device, accelerator.print)
         start_seconds = start_head(model, training, spec, folder, plan.init, accelerator, device)
 
     title = f"value_{plan.output.parent.name}_{name}"
     with Tracker(args.wandb and main_process, "train_value_model", title, settings) as tracker:
-        metrics = vt.train(model, training, validation, spec, folder, accelerator=accelerator, device=device,
-                           say=accelerator.print, log=tracker.log)  # fmt: skip
+        metrics = train(model, training, validation, spec, folder, accelerator=accelerator, device=device,
+                        say=accelerator.print, log=tracker.log)  # fmt: skip
         if main_process:
             known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
             record = {"objective": name, "label": config.label, "vocabulary": known,
                       "pooling": config.value_model.pooling, "start_seconds": start_seconds, **metrics}  # fmt: skip
-            vt.save_adapter(model, folder, record)
-            vt.publish(folder, plan.output)
+            training_output.save_adapter(model, folder, record)
+            training_output.publish(folder, plan.output)
         tracker.summary(metrics)
     fit = metrics["validation"]
     accelerator.print(
@@ -268,9 +268,9 @@ def prepare(args, config: Config, dataset: DatasetSpec, plan: Plan, device, say)
     """(the value model to train, the reference's tokenizer, training examples, validation examples)."""
     import itertools
 
-    from utils import value_training as vt
     from utils.hdf5_utils import read_trees
     from utils.models import load_tokenizer, new_value_model, resolved_config, vocabulary_size
+    from utils.tree_examples import make_examples, training_nodes, validation_nodes
 
     spec = plan.spec
     reference, made_by = reference_path(config, dataset)
@@ -279,11 +279,11 @@ def prepare(args, config: Config, dataset: DatasetSpec, plan: Plan, device, say)
 
     def examples(split, choose, limit=None):
         trees = itertools.islice(read_trees(plan.data_dir, split), limit)
-        return vt.make_examples(trees, plan.objective.name, choose, kl_penalty=args.KL_penalty,
-                                log_ratio=args.log_ratio, vocab_size=vocab_size, data_dir=plan.data_dir)  # fmt: skip
+        return make_examples(trees, plan.objective.name, choose, kl_penalty=args.KL_penalty,
+                             log_ratio=args.log_ratio, vocab_size=vocab_size, data_dir=plan.data_dir)  # fmt: skip
 
-    training = examples("train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
-    validation = examples("val", vt.validation_nodes)
+    training = examples("train", lambda tree: training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
+    validation = examples("val", validation_nodes)
     nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
     say(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
     model = new_value_model(config, tokenizer, vocab_size, device, plan.init, seed=spec.seed)
@@ -295,15 +295,15 @@ def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | N
     """Give a training that has not begun the head that it starts from; returns the seconds that it took."""
     import time
 
-    from utils import value_training as vt
+    from utils import head_starts, training_output
 
     began = time.perf_counter()
-    if not (folder / vt.STATE).is_file():
+    if not (folder / training_output.STATE).is_file():
         if spec.head_start == "ridge":
-            ridge = vt.start_at_ridge(model, training, bf16=spec.bf16, device=device, accelerator=accelerator)
+            ridge = head_starts.start_at_ridge(model, training, bf16=spec.bf16, device=device, accelerator=accelerator)
             accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
         elif not init:
-            vt.start_at_mean(model, training, packing=spec.packing, device=device)
+            head_starts.start_at_mean(model, training, packing=spec.packing, device=device)
     return round(time.perf_counter() - began, 2)
 
 

@@ -51,8 +51,9 @@ from utils.cli import DataError, progress
 from utils.config import PPOSpec
 from utils.decoding import decode
 from utils.files import write_atomically, write_csv, write_json
+from utils.optimization import add_up
 from utils.policies import ReferencePolicy
-from utils.value_training import STATE, add_up
+from utils.training_output import STATE
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"
 CONTROLLER_CLIP = 0.2  # of the relative error of the KL

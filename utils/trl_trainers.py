@@ -18,8 +18,9 @@ from utils import models, ppo
 from utils.cli import DataError, UsageError
 from utils.config import PPOSpec
 from utils.files import write_json
+from utils.models import has_bfloat16
 from utils.places import last_checkpoint
-from utils.value_training import STATE, bf16_is_fast
+from utils.training_output import STATE
 
 
 def answers_per_pass(spec: PPOSpec, world: int) -> int:
@@ -92,7 +93,7 @@ def train_with_trl(
         temperature=task.config.decoding.temperature,
         top_k=spec.top_k,
         generation_kwargs={"min_new_tokens": 1},  # the end token cannot be the first
-        bf16=not on_cpu and bf16_is_fast(device),
+        bf16=not on_cpu and has_bfloat16(device),
         activation_checkpointing=checkpointing,
         seed=spec.seed,
         save_strategy="steps",
