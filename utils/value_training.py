@@ -7,23 +7,22 @@ squared error over nodes. How nodes are read is the matter of `tree_layouts`.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 
+from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
 from utils.config import TrainingSpec
-from utils.files import write_atomically, write_csv, write_json
+from utils.files import write_csv
 from utils.fit_measures import validation_report
 from utils.node_values import head_weight, node_values, predict
 from utils.optimization import add_up, linear_schedule, seed_of
-from utils.training_output import STATE
 from utils.tree_examples import Example, fingerprint
 from utils.tree_layouts import TOKENS_PER_PASS, Unit, collate, lay_out, make_units, passes, unit_tokens
 
@@ -124,71 +123,76 @@ def add_gradients(
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-class Checkpoint:
-    """What a killed training goes on from: trained parameters, Adafactor's state, the best parameters so far.
-
-    `state.json` is written last and names the files that belong to it, so that a kill between two files leaves the
-    checkpoint before. Tensors are safetensors; nothing is pickled.
-    """
-
-    def __init__(self, folder: Path, model, optimizer):
-        self.folder, self.optimizer = folder, optimizer
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    def save(self, state: dict, *, best: bool) -> dict:
-        """Write the checkpoint of `state["step"]`; `best` says that its parameters are the best so far."""
-        tensors, steps = {}, {}
-        for name, parameter in self.parameters.items():
-            tensors[name] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                if key == "step":
-                    steps[name] = value
-                elif torch.is_tensor(value) and key != "RMS":  # RMS is computed anew in each step
-                    tensors[f"{name}//{key}"] = value
-        state = {**state, "state_file": f"state-{state['step']}.safetensors", "optimizer_steps": steps}
-        self._write(state["state_file"], tensors)
-        if best:
-            state["best_file"] = f"best-{state['step']}.safetensors"
-            self._write(state["best_file"], {n: p.detach() for n, p in self.parameters.items()})
-        write_json(self.folder / STATE, state)
-        for path in self.folder.glob("*-*.safetensors"):
-            if path.name not in (state["state_file"], state.get("best_file")):
-                path.unlink()
-        return state
-
-    def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        write_atomically(self.folder / name, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
-
-    def load(self) -> dict | None:
-        """Restore parameters and optimizer; None where there is no checkpoint."""
-        if not (self.folder / STATE).is_file():
-            return None
-        state = json.loads((self.folder / STATE).read_text())
-        tensors = load_file(self.folder / state["state_file"])
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[name])
-            if name not in state["optimizer_steps"]:  # a checkpoint from before the first step
-                continue
-            self.optimizer.state[parameter] = {"step": state["optimizer_steps"][name], "RMS": 0} | {
-                key.rsplit("//", 1)[1]: value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(f"{name}//")
-            }
-        return state
-
-    def load_best(self, state: dict) -> None:
-        """Put the best parameters into the model."""
-        tensors = load_file(self.folder / state["best_file"])
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[name])
-
-
 def _read_log(path: Path, up_to: int) -> list[dict]:
     """The loss curve's rows until a step; later ones are written again by the resumed training."""
     if not path.is_file():
         return []
     with open(path, newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("step", "").isdigit() and int(row["step"]) <= up_to]
+
+
+@dataclass(frozen=True)
+class Course:
+    """The optimizer steps of a training, and those after which one looks at it."""
+
+    units: list[Unit]
+    lengths: np.ndarray  # (units,) tokens of each one's row
+    steps: list[list[int]]  # the units of each step
+    warmup: int  # steps in which the learning rate rises
+    evaluated: set[int]  # numbers of steps after which the validation loss is taken
+    logged: set[int]  # and those after which the loss curve has a row
+
+
+def plan_course(training: Sequence[Example], validation: Sequence[Example], spec: TrainingSpec) -> Course:
+    """What `train` does, as a function of its examples and hyperparameters alone."""
+    units = make_units(training, spec.packing, spec.batch_size)
+    lengths = np.array([unit_tokens(training[i], nodes) for i, nodes in units], np.int64)
+    steps = [
+        step for epoch in range(spec.num_epochs)
+        for step in plan_epoch(units, lengths, spec.packing, spec.batch_size, spec.seed, epoch)
+    ]  # fmt: skip
+    evaluated, logged = milestones(training, validation, spec, int(lengths.sum()), len(steps))
+    return Course(units, lengths, steps, min(spec.warmup_steps, len(steps) // 2), evaluated, logged)
+
+
+class History:
+    """The loss curve of a training and its best step so far, kept in the folder with the checkpoint.
+
+    Args:
+        mark: the `fingerprint` of what is trained on.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        DataError: the checkpoint is that of other trees.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mark: str, writes: bool):
+        self.checkpoint, self.writes, self.file = checkpoint, writes, checkpoint.folder / "training_log.csv"
+        state = checkpoint.load()
+        self.is_new = state is None
+        self.state = state or {"step": 0, "seconds": 0.0, "best_loss": None, "fingerprint": mark}
+        if self.state["fingerprint"] != mark:
+            raise DataError(
+                f"the trees have changed since the training in {checkpoint.folder} began; --rerun starts it anew"
+            )
+        self.rows = _read_log(self.file, self.state["step"])
+        self._begun = time.perf_counter() - self.state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """What the training took so far, over all processes that were killed."""
+        return time.perf_counter() - self._begun
+
+    def keep(self, step: int, val_loss: float) -> bool:
+        """Write the checkpoint after that many steps; returns whether it is the best so far."""
+        best = self.state["best_loss"] is None or val_loss < self.state["best_loss"]
+        self.state |= {"step": step, "seconds": self.seconds}
+        if best:
+            self.state |= {"best_loss": val_loss, "best_step": step}
+        if self.writes:
+            write_csv(self.file, self.rows, LOG_COLUMNS)
+            self.state = self.checkpoint.save(self.state, best=best)
+        return best
 
 
 def train(
@@ -227,118 +231,106 @@ def train(
             )
     device = torch.device(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    units = make_units(training, spec.packing, spec.batch_size)
-    lengths = np.array([unit_tokens(training[i], nodes) for i, nodes in units], np.int64)
-    plan = [
-        step for epoch in range(spec.num_epochs)
-        for step in plan_epoch(units, lengths, spec.packing, spec.batch_size, spec.seed, epoch)
-    ]  # fmt: skip
-    total, warmup = len(plan), min(spec.warmup_steps, len(plan) // 2)
-    evaluated, logged = milestones(training, validation, spec, int(lengths.sum()), total)
-
-    optimizer = make_optimizer(model, spec)
-    checkpoint = Checkpoint(Path(folder), model, optimizer)
-    parameters, mark = list(checkpoint.parameters.values()), fingerprint(training, validation)
-    state = checkpoint.load()
-    scale = 1.0
+    course = plan_course(training, validation, spec)
+    total = len(course.steps)
+    targets = np.concatenate([x.targets[x.nodes] for x in validation])
+    scale = 1.0  # the model's output is the value in this unit
     if spec.standardize:
         scale = float(np.concatenate([x.targets[x.nodes] for x in training]).std()) or 1.0
-    if state is None:
-        state = {"step": 0, "seconds": 0.0, "best_loss": None, "fingerprint": mark}
+
+    optimizer = make_optimizer(model, spec)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    history = History(Checkpoint(folder, parameters, optimizer), fingerprint(training, validation), rank == 0)
+    if history.is_new:
         with torch.no_grad():
             head_weight(model).div_(scale)
-    if state["fingerprint"] != mark:
-        raise DataError(f"the trees have changed since the training in {folder} began; --rerun starts it anew")
-    if state["step"]:
-        say(f"going on from step {state['step']} of {total}")
-    log_file = Path(folder) / "training_log.csv"
-    rows = _read_log(log_file, state["step"])
+    first = history.state["step"]
+    if first:
+        say(f"going on from step {first} of {total}")
     if accelerator:
         accelerator.wait_for_everyone()  # everyone has read the checkpoint before anyone replaces it
 
-    def evaluate() -> np.ndarray:
+    def outputs() -> np.ndarray:
+        """(M,) what the model says at the validation nodes."""
         values = predict(model, validation, packing=spec.packing, bf16=spec.bf16, device=device, rank=rank, world=world,
                          max_tokens=max_tokens)  # fmt: skip
         values = accelerator.reduce(values, "sum") if world > 1 else values
-        return values.cpu().numpy().astype(np.float64) * scale
+        return values.cpu().numpy().astype(np.float64)
+
+    def evaluate() -> float:
+        return float(np.square(outputs() * scale - targets).mean())
 
     def keep(done: int, val_loss: float, note: str = "") -> None:
-        """Write the checkpoint of a step, as the best one where it is."""
-        nonlocal state
-        best = state["best_loss"] is None or val_loss < state["best_loss"]
-        state |= {"step": done, "seconds": time.perf_counter() - begun}
-        if best:
-            state |= {"best_loss": val_loss, "best_step": done}
-        if rank == 0:
-            write_csv(log_file, rows, LOG_COLUMNS)
-            state = checkpoint.save(state, best=best)
+        best = history.keep(done, val_loss)
         say(f"step {done}/{total}: {note}validation {val_loss:.4f}" + (" (best)" if best else ""))
 
-    targets = np.concatenate([x.targets[x.nodes] for x in validation])
-    begun, running, since = time.perf_counter() - state["seconds"], torch.zeros((), device=device), 0
+    running, since = torch.zeros((), device=device), 0
     bar = progress(total=total, desc="value model", unit="step")
-    bar.update(state["step"])
-    if state["best_loss"] is None and spec.head_start == "ridge":  # a start that may be the best there is
-        keep(0, float(np.square(evaluate() - targets).mean()))
+    bar.update(first)
+    if history.state["best_loss"] is None and spec.head_start == "ridge":  # a start that may be the best there is
+        keep(0, evaluate())
     model.train()
-    with torch.random.fork_rng(
-        devices=[device] if device.type == "cuda" else []
-    ):  # dropout draws from the global stream
-        for step in range(state["step"], total):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws from the global stream
+        for step in range(first, total):
             torch.manual_seed(seed_of(spec.seed, step, rank))  # ... which each step keys anew
-            picked = [units[i] for i in plan[step]]
+            picked = [course.units[i] for i in course.steps[step]]
             nodes = sum(len(n) for _, n in picked)
             optimizer.zero_grad(set_to_none=True)
             running += add_gradients(model, training, share(picked, rank, world), nodes, dense=spec.targets == "dense",
                                      scale=scale, bf16=spec.bf16, device=device, max_tokens=max_tokens)  # fmt: skip
             if world > 1:
-                add_up(accelerator, parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                add_up(accelerator, list(parameters.values()))
+            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = spec.lr * linear_schedule(step, total, warmup)
+                group["lr"] = spec.lr * linear_schedule(step, total, course.warmup)
             optimizer.step()
             done, since = step + 1, since + 1
             bar.update(1)
-            bar.tokens(int(lengths[plan[step]].sum()))
-            if done not in logged:
+            bar.tokens(int(course.lengths[course.steps[step]].sum()))
+            if done not in course.logged:
                 continue
             loss = float(accelerator.reduce(running, "sum") if world > 1 else running) / since
             if not math.isfinite(loss):
                 raise DataError(
                     f"the training loss is {loss} at step {done}; try a smaller --lr or --no-bf16, and --rerun"
                 )
+            running, since = torch.zeros((), device=device), 0
             row = {
                 "step": done, "epoch": round(done * spec.num_epochs / total, 4), "nodes": nodes,
                 "lr": f"{optimizer.param_groups[0]['lr']:.4g}", "train_loss": f"{loss:.6g}", "val_loss": "",
-                "grad_norm": f"{float(norm):.4g}", "seconds": round(time.perf_counter() - begun, 2),
+                "grad_norm": f"{float(norm):.4g}", "seconds": round(history.seconds, 2),
             }  # fmt: skip
-            running, since = torch.zeros((), device=device), 0
-            rows.append(row)
-            if done in evaluated:
-                val_loss = float(np.square(evaluate() - targets).mean())
-                row |= {"val_loss": f"{val_loss:.6g}", "seconds": round(time.perf_counter() - begun, 2)}
+            history.rows.append(row)
+            if done in course.evaluated:
+                val_loss = evaluate()
+                row |= {"val_loss": f"{val_loss:.6g}", "seconds": round(history.seconds, 2)}
                 keep(done, val_loss, f"train {loss:.4f}, ")
             log(row)
     bar.close()
     if accelerator:
         accelerator.wait_for_everyone()
-    state = json.loads((Path(folder) / STATE).read_text())  # what rank 0 wrote, for every process
-    checkpoint.load_best(state)
+    history.state = history.checkpoint.load_best()  # what the first process wrote, for every one
     with torch.no_grad():
         head_weight(model).mul_(scale)
-    scale = 1.0
-    tokens = int(lengths.sum()) * spec.num_epochs
-    final_epoch = [float(r["train_loss"]) for r in rows if float(r["epoch"]) > spec.num_epochs - 1]
+    return {
+        **_figures(training, validation, spec, course, history), "validation": validation_report(validation, outputs()),
+        "processes": world, "device": str(device),
+    }  # fmt: skip
+
+
+def _figures(training, validation, spec: TrainingSpec, course: Course, history: History) -> dict:
+    """What metrics.json says of a finished training, but for how well the model fits."""
+    state, tokens = history.state, int(course.lengths.sum()) * spec.num_epochs
+    last_epoch = [float(r["train_loss"]) for r in history.rows if float(r["epoch"]) > spec.num_epochs - 1]
     return {
         "num_trees": len(training), "num_nodes": sum(len(x.nodes) for x in training),
-        "num_val_trees": len(validation), "num_val_nodes": len(targets),
-        "num_steps": total, "best_step": state["best_step"], "warmup_steps": warmup,
-        "train_loss": float(np.mean(final_epoch)) if final_epoch else math.nan, "val_loss": state["best_loss"],
-        "validation": validation_report(validation, evaluate()),
+        "num_val_trees": len(validation), "num_val_nodes": sum(len(x.nodes) for x in validation),
+        "num_steps": len(course.steps), "best_step": state["best_step"], "warmup_steps": course.warmup,
+        "train_loss": float(np.mean(last_epoch)) if last_epoch else math.nan, "val_loss": state["best_loss"],
         "packing": spec.packing, "bf16": spec.bf16, "tokens_read": tokens,
         "tokens_as_paths": int(sum(x.path_lengths[x.nodes].sum() for x in training)) * spec.num_epochs,
         "seconds": state["seconds"], "tokens_per_second": tokens / max(state["seconds"], 1e-9),
-        "processes": world, "device": str(device), "fingerprint": mark,
+        "fingerprint": state["fingerprint"],
     }  # fmt: skip
 
 
