@@ -154,7 +154,7 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
 
 
 def curve(states, x, objective: str, validation, numbers: list[int], **what) -> list[dict]:
-    """Rows of one regression, as `start_at_ridge` fits it, at several numbers of training trees."""
+    """Rows of one regression, as `fit_ridges` fits it, at several numbers of training trees."""
     import torch
 
     from utils.head_starts import add_moments, choose_ridge
@@ -162,13 +162,13 @@ def curve(states, x, objective: str, validation, numbers: list[int], **what) -> 
     x, group = x.double(), states["group"]
     target = torch.from_numpy(states["target", objective])
     gram = torch.zeros(2, 5, x.shape[1], x.shape[1], dtype=torch.float64)
-    cross, read, rows = torch.zeros(2, 5, x.shape[1], dtype=torch.float64), 0, []
+    cross, read, rows = torch.zeros(1, 2, 5, x.shape[1], dtype=torch.float64), 0, []
     for number in sorted(n for n in numbers if n <= group[~validation].max() + 1):
         for tree in range(read, number):
             mine = torch.from_numpy(group == tree)
-            add_moments(gram, cross, tree % 5, x[mine], target[mine])
+            add_moments(gram, cross, tree % 5, x[mine], target[None, mine])
         read = number
-        ridge, weight = choose_ridge(gram, cross)
+        ridge, weight = choose_ridge(gram, cross[0])
         predicted = (x @ weight).numpy()
         inner = validation & ~states["leaf"]
         rows.append(

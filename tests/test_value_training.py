@@ -20,11 +20,12 @@ import yaml
 
 import train_value_model
 from tests.models_for_tests import CONFIGS, VOCAB, value_model
+from utils import training_output
 from utils.cli import DataError, UsageError
 from utils.config import LoraSpec, TrainingSpec
 from utils.fit_measures import correlation, explainable_variance, explained_variance, target_noise
 from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tree
-from utils.head_starts import BETWEEN, RIDGES, start_at_mean, start_at_ridge
+from utils.head_starts import BETWEEN, RIDGES, fit_ridges, start_at_mean, start_at_ridge
 from utils.node_values import head_weight, predict
 from utils.optimization import linear_schedule
 from utils.policies import without_adapter
@@ -342,6 +343,13 @@ def log_of(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def started_at_ridge(model, data, **how) -> float:
+    """Start a model's head so; returns the penalty."""
+    [ridge] = fit_ridges(model, [data], **how)
+    start_at_ridge(model, ridge)
+    return ridge.penalty
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
     """From one plain call per path; a second fit from another head is drawn towards that head."""
@@ -380,11 +388,24 @@ def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
                 within_and_mean(y - x @ fit(groups % 5 != fold, ridge, y))[0][groups % 5 == fold] for fold in range(5)
             ]
             errors.append(sum(np.square(e).sum() for e in left))
-        chosen = start_at_ridge(model, data)
+        chosen = started_at_ridge(model, data)
         assert chosen == RIDGES[int(np.argmin(errors))]
         expected = start + fit(groups >= 0, chosen, y)
         assert np.allclose(head.detach().numpy()[0], expected, atol=1e-6 * abs(expected).max())
     assert correlation(targets, x @ expected, groups) > 0.5
+
+
+def test_ridge_regressions_of_several_objectives_are_those_of_each_to_the_last_bit():
+    """Also from a head that is there; the pass is one, its moments with each objective's targets are apart."""
+    model, data = lora(value_model("llama_full", pooling="mean")), examples(12)
+    other = [dataclasses.replace(x, targets=np.sin(40 * x.targets)) for x in data]
+    together = fit_ridges(model, [data, other, data])
+    for found, alone in zip(together, (data, other, data), strict=True):
+        [expected] = fit_ridges(model, [alone])
+        assert torch.equal(found.step, expected.step) and found.penalty == expected.penalty
+    assert not torch.allclose(together[0].step, together[1].step)
+    with pytest.raises(AssertionError):
+        fit_ridges(model, [data, examples(12, validation_nodes)])
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -393,7 +414,7 @@ def test_a_ridge_start_without_epochs_is_the_model_and_its_error_is_reported(tmp
     model, data, held_out = lora(value_model("llama_full", pooling="mean")), examples(12), examples(4, start=50)
     with torch.no_grad():
         model.get_base_model().score.weight.zero_()
-    start_at_ridge(model, data)
+    started_at_ridge(model, data)
     before = model.get_base_model().score.weight.detach().clone()
     metrics = train(model, data, held_out, spec, tmp_path)
     assert torch.allclose(model.get_base_model().score.weight, before, rtol=1e-6)
@@ -572,23 +593,109 @@ def test_rerun_trains_again_and_gives_the_same_bytes(world, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != first
 
 
-def test_several_objectives_are_trained_in_turn_each_as_alone(world, value_model_of_help, tmp_path, capsys):
+@pytest.fixture
+def two_objectives(world, tmp_path):
+    """A workspace whose trees have values of help and of harm; returns the command's arguments."""
     data = tmp_path / "trees"
     for split in ("train", "val"):
         for tree in read_trees(world / "trees", split):
-            write_structure(
-                data / split / f"prompt{tree.prompt_index}_tree.json", tree.labelled("harm", -tree.values["help"])
-            )
+            values = np.random.default_rng(tree.prompt_index).normal(size=len(tree)) - tree.values["help"]
+            write_structure(data / split / f"prompt{tree.prompt_index}_tree.json", tree.labelled("harm", values))
     shutil.copy(world / "trees" / "all_tokens.hdf5", data)
-    arguments = ["--data_dir", str(data), "--workspace", str(tmp_path)]
-    world_of_base = [*command(world, *arguments, objective="all")]
     (tmp_path / "base").symlink_to(world / "base")
+    return ["--data_dir", str(data), "--workspace", str(tmp_path)]
+
+
+def test_several_objectives_are_trained_in_turn_each_as_alone(
+    world, two_objectives, value_model_of_help, tmp_path, capsys
+):
+    world_of_base = [*command(world, *two_objectives, objective="all")]
     assert train_value_model.main(world_of_base) == 0
     made = tmp_path / "value_models" / "iter_0"
     same = [(folder / "adapter_model.safetensors").read_bytes() for folder in (made / "help", value_model_of_help)]
     assert same[0] == same[1] != (made / "harm" / "adapter_model.safetensors").read_bytes()
     assert json.loads((made / "harm" / "metrics.json").read_text())["objective"] == "harm"
     assert train_value_model.main(world_of_base) == 0 and capsys.readouterr().out.count("is complete (--rerun") == 2
+
+
+RIDGE = ("--head_start", "ridge", "--num_epochs", "0", "--standardize")
+
+
+class Passes:
+    """Counts the passes of all backbones, and the times that a split's trees are read."""
+
+    def __init__(self, monkeypatch):
+        from utils import common_start
+
+        self.backbone, self.splits, real = 0, [], common_start.read_trees
+
+        def counted(data_dir, split):
+            self.splits.append(split)
+            return real(data_dir, split)
+
+        monkeypatch.setattr(common_start, "read_trees", counted)
+
+    def __enter__(self):
+        def count(module, inputs):
+            self.backbone += type(module).__name__ == "LlamaModel"
+
+        self.backbone, self.splits[:] = 0, []
+        self.handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def adapter_and_metrics(folder):
+    """What a value model is: its weights' bytes, and its metrics without times."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    times = ("seconds", "start_seconds", "tokens_per_second")
+    return (folder / "adapter_model.safetensors").read_bytes(), {k: v for k, v in metrics.items() if k not in times}
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_ridge_starts_of_several_objectives_take_the_passes_of_one_and_are_those_of_each_alone(
+    world, two_objectives, tmp_path, monkeypatch, pooling
+):
+    """To the last bit, and also where the command is killed between the two."""
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["value_model"]["pooling"] = pooling
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    two_objectives += ["--config", str(tmp_path / "config.yaml"), *RIDGE]
+    alone, needed = {}, set()
+    for objective in ("help", "harm"):
+        with Passes(monkeypatch) as passes:
+            out = ["--output_dir", str(tmp_path / objective)]
+            assert train_value_model.main(command(world, *two_objectives, *out, objective=objective)) == 0
+        assert passes.splits == ["train", "val"]
+        needed.add(passes.backbone)
+        alone[objective] = adapter_and_metrics(tmp_path / objective)
+    assert alone["help"][0] != alone["harm"][0] and needed == {2}  # training and validation trees, a pass each
+
+    def made():
+        return {n: adapter_and_metrics(tmp_path / "value_models" / "iter_0" / n) for n in ("help", "harm")}
+
+    with Passes(monkeypatch) as passes:
+        assert train_value_model.main(command(world, *two_objectives, objective="all")) == 0
+    assert made() == alone and passes.splits == ["train", "val"] and {passes.backbone} == needed
+
+    for objective in alone:
+        shutil.rmtree(tmp_path / "value_models" / "iter_0" / objective)
+    save, killed_at = training_output.save_adapter, ["harm"]
+
+    def killed(model, folder, metrics):
+        if metrics["objective"] in killed_at:
+            raise KeyboardInterrupt
+        save(model, folder, metrics)
+
+    monkeypatch.setattr(training_output, "save_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_value_model.main(command(world, *two_objectives, objective="all"))
+    assert {p.name for p in (tmp_path / "value_models" / "iter_0").iterdir()} == {"help", "harm.partial"}
+    killed_at.clear()
+    assert train_value_model.main(command(world, *two_objectives, objective="all")) == 0
+    assert made() == alone
 
 
 def test_a_killed_script_leaves_no_folder_and_the_same_command_completes_it(world, tmp_path, monkeypatch):
@@ -623,6 +730,22 @@ def test_continuing_goes_to_the_next_iteration_and_starts_from_the_given_model(w
     assert metrics["num_nodes"] == 15 * 9 and metrics["warmup_steps"] == 0  # the objective's deepest_fraction_continued
     with pytest.raises(UsageError, match=r"is not .*iter_<N>/harm, so --output_dir is needed"):
         train_value_model.main(command(world, "--init_checkpoint", str(folder), objective="harm"))
+
+
+@pytest.mark.parametrize("start", [(), RIDGE], ids=["trained", "ridge"])
+def test_validation_trees_without_inner_nodes_are_refused_and_nothing_is_left(world, tmp_path, start):
+    data, out = tmp_path / "trees", tmp_path / "out" / "help"
+    for index in range(4):
+        write_tree(data, make_tree(index, children=(3,)))
+    consolidate(data)
+    for split in ("train", "val"):
+        (data / split).mkdir()
+    for index in range(4):
+        (data / f"prompt{index}_tree.json").rename(data / ("val", "train")[index % 2] / f"prompt{index}_tree.json")
+    arguments = command(world, *start, "--data_dir", str(data), "--output_dir", str(out))
+    with pytest.raises(DataError, match="no nodes to use in the validation trees in .*; inner nodes are needed"):
+        train_value_model.main(arguments)
+    assert not list(out.parent.iterdir())
 
 
 def test_user_mistakes_are_one_line_that_says_what_to_do(world, tmp_path):
@@ -704,7 +827,7 @@ def test_two_processes_share_the_ridge_of_one(pooling):
         model = lora(value_model("llama_grouped_tied", pooling=pooling))
         backbone = without_adapter(model).model
         backbone.register_forward_pre_hook(lambda *a, **kw: read.append(accelerator and accelerator.process_index))
-        ridge = start_at_ridge(model, data, max_tokens=60, accelerator=accelerator)
+        ridge = started_at_ridge(model, data, max_tokens=60, accelerator=accelerator)
         return ridge, head_weight(model).clone()
 
     expected_ridge, expected = start()

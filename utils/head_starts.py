@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from utils.node_values import head_weight, node_states
 from utils.tree_examples import Example
 from utils.tree_layouts import TOKENS_PER_PASS, collate, lay_out, make_units, passes
 
-# Penalties that `start_at_ridge` chooses from; the largest leave a head that is there nearly as it is.
+# Penalties that `choose_ridge` chooses from; the largest leave a head that is there nearly as it is.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 BETWEEN = 0.1  # what a prompt's mean counts there
 
@@ -38,36 +39,59 @@ def start_at_mean(
     head_weight(model).copy_((mean * direction / direction.square().sum())[None])
 
 
+@dataclass(frozen=True)
+class Ridge:
+    """A ridge regression's penalty, as a share of the states' mean square, and how far it moves the head."""
+
+    penalty: float
+    step: torch.Tensor  # (H,) float64
+
+
 @torch.no_grad()
-def start_at_ridge(
+def start_at_ridge(model, ridge: Ridge) -> None:
+    """Move the head from where the regression found it to its solution."""
+    weight = head_weight(model)
+    weight += ridge.step[None].to(weight.dtype)
+
+
+@torch.no_grad()
+def fit_ridges(
     model,
-    examples: Sequence[Example],
+    objectives: Sequence[Sequence[Example]],
     *,
     bf16: bool = False,
     device=None,
     folds: int = 5,
     max_tokens: int = TOKENS_PER_PASS,
     accelerator=None,
-) -> float:
-    """Let the head be the ridge regression of the targets on the states, drawn towards where it is (a new one is at 0).
+) -> list[Ridge]:
+    """Ridge regressions of objectives' targets on the states, which are read once for all of them.
 
-    Only differences within a prompt steer, and most of the variance lies between prompts, of which there are few: the
-    error of a tree's mean counts `BETWEEN` as much as that of its nodes' differences from it. The penalty is the one of
-    `RIDGES` that predicts these differences best, over folds of whole trees.
+    The head is drawn towards where it is (a new one is at 0). Only differences within a prompt steer, and most of the
+    variance lies between prompts, of which there are few: the error of a tree's mean counts `BETWEEN` as much as that
+    of its nodes' differences from it. The penalty is the one of `RIDGES` that predicts these differences best, over
+    folds of whole trees.
 
     Args:
+        objectives: the examples of each objective: the same nodes of the same trees, with targets of its own. What is
+            found for one does not depend, to the last bit, on which others there are.
         accelerator: an `accelerate.Accelerator` where several processes share the passes; their moments are summed in
             float64, so that all get what one process would, to rounding, and the same bits.
 
     Returns:
-        the penalty, as a share of the states' mean square.
+        one regression for each objective.
     """
+    examples = objectives[0]
+    for others in objectives[1:]:
+        for one, other in zip(examples, others, strict=True):
+            same = one.tree.prompt_index == other.tree.prompt_index and np.array_equal(one.nodes, other.nodes)
+            assert same, (one.tree.prompt_index, other.tree.prompt_index, one.nodes, other.nodes)
     training, weight = model.training, head_weight(model)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     size = weight.shape[1]
     model.eval()
-    gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)  # of the states; [1] within a prompt
-    cross = torch.zeros(2, folds, size, dtype=torch.float64, device=device)  # with the targets
+    gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)
+    cross = torch.zeros(len(objectives), 2, folds, size, dtype=torch.float64, device=device)
     layouts = [lay_out(x, x.nodes) for x in examples]
     bar = progress(total=len(layouts), desc="ridge", unit="tree")
     for group in passes(layouts, max_tokens)[rank::world]:
@@ -75,19 +99,20 @@ def start_at_ridge(
         with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
             states = node_states(model, batch).double()
         for row, i in enumerate(group):
-            mine = batch.rows == row
-            x = states[mine]
-            add_moments(gram, cross, i % folds, x, batch.targets[mine].double() - x @ weight[0].double())
+            x = states[batch.rows == row]  # (n, H)
+            targets = np.stack([one[i].targets[one[i].nodes] for one in objectives]).astype(np.float32)  # (K, n)
+            y = torch.from_numpy(targets).to(x.device).double() - x @ weight[0].double()
+            add_moments(gram, cross, i % folds, x, y)
         bar.update(len(group))
     bar.close()
     model.train(training)
     if world > 1:
         gram, cross = accelerator.reduce(gram, "sum"), accelerator.reduce(cross, "sum")
-    ridge, step = choose_ridge(gram, cross)
+    penalties, steps = zip(*(choose_ridge(gram, one) for one in cross), strict=True)
+    steps = torch.stack(steps)  # (K, H)
     if world > 1:  # the first one's, for all: other hardware may round the solution otherwise
-        step = accelerator.reduce(step if rank == 0 else torch.zeros_like(step), "sum")
-    weight += step[None].to(weight.dtype)
-    return ridge
+        steps = accelerator.reduce(steps if rank == 0 else torch.zeros_like(steps), "sum")
+    return [Ridge(penalty, step) for penalty, step in zip(penalties, steps, strict=True)]
 
 
 def choose_ridge(gram: torch.Tensor, cross: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -114,10 +139,21 @@ def choose_ridge(gram: torch.Tensor, cross: torch.Tensor) -> tuple[float, torch.
 
 
 def add_moments(gram: torch.Tensor, cross: torch.Tensor, fold: int, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Add one prompt's states (n, H) and targets (n,) to the moments that `choose_ridge` reads."""
-    mean, level, count = x.mean(0), y.mean(), len(y)
-    x, y = x - mean, y - level
-    gram[1, fold] += x.T @ x
-    cross[1, fold] += y @ x
-    gram[0, fold] += x.T @ x + BETWEEN * count * torch.outer(mean, mean)
-    cross[0, fold] += y @ x + BETWEEN * count * level * mean
+    """Add one prompt's states and targets to the moments that `choose_ridge` reads.
+
+    Args:
+        gram: (2, folds, H, H) float64, the states' own moments; [1] within a prompt.
+        cross: (K, 2, folds, H), those of states and targets, for each of K objectives.
+        x: (n, H) states.
+        y: (K, n) targets. Each objective's products are taken on their own: its bits then do not depend on K.
+    """
+    mean, count = x.mean(0), len(x)
+    x = x - mean
+    within = x.T @ x
+    gram[1, fold] += within
+    gram[0, fold] += within + BETWEEN * count * torch.outer(mean, mean)
+    for moments, targets in zip(cross, y, strict=True):
+        level = targets.mean()
+        within = (targets - level) @ x
+        moments[1, fold] += within
+        moments[0, fold] += within + BETWEEN * count * level * mean

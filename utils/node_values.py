@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -62,32 +62,52 @@ def node_states(model, batch: Batch) -> torch.Tensor:
     return states
 
 
+def predict(model, examples: Sequence[Example], *, device=None, **how) -> torch.Tensor:
+    """(M,) float32 values of all the examples' nodes, in order; see `read_nodes` for the other arguments."""
+    values = torch.zeros(sum(len(x.nodes) for x in examples), device=device)
+    return read_nodes(node_values, model, examples, values, **how)
+
+
+def read_states(model, examples: Sequence[Example], *, device=None, **how) -> torch.Tensor:
+    """(M, H) what the head reads at all the examples' nodes, in order; see `read_nodes` for the other arguments."""
+    weight = head_weight(model)
+    states = torch.zeros(sum(len(x.nodes) for x in examples), weight.shape[1], dtype=weight.dtype, device=device)
+    return read_nodes(node_states, model, examples, states, **how)
+
+
 @torch.no_grad()
-def predict(
+def values_of_states(model, states: torch.Tensor) -> torch.Tensor:
+    """(M,) float32 values at nodes of which the head reads these states (M, H)."""
+    return (states @ head_weight(model)[0]).float()
+
+
+@torch.no_grad()
+def read_nodes(
+    read: Callable[..., torch.Tensor],
     model,
     examples: Sequence[Example],
+    found: torch.Tensor,
     *,
     packing: str = "tree",
     bf16: bool = False,
-    device=None,
     rank: int = 0,
     world: int = 1,
     max_tokens: int = TOKENS_PER_PASS,
 ) -> torch.Tensor:
-    """(M,) float32 values of all the examples' nodes, in order; a process fills its own rows and leaves 0 elsewhere."""
+    """Fill `found` (M, ...) with what `read(model, batch)` gives at all the examples' nodes, in order, and return it.
+
+    Of several processes each fills its own rows and leaves the others as they are.
+    """
     units = make_units(examples, packing, max(len(x.nodes) for x in examples))  # whole trees, or single nodes
     starts = np.cumsum([0, *(len(nodes) for _, nodes in units)])
     layouts = [lay_out(examples[i], nodes) for i, nodes in units]
-    values = torch.zeros(int(starts[-1]), device=device)
     training = model.training
     model.eval()
-    for number, group in enumerate(passes(layouts, max_tokens)):
-        if number % world != rank:
-            continue
-        batch = collate([layouts[i] for i in group], device)
-        with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
-            predicted = node_values(model, batch)
+    for group in passes(layouts, max_tokens)[rank::world]:
+        batch = collate([layouts[i] for i in group], found.device)
+        with torch.autocast(found.device.type, torch.bfloat16, enabled=bf16):
+            part = read(model, batch)
         places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
-        values[torch.from_numpy(places).to(values.device)] = predicted
+        found[torch.from_numpy(places).to(found.device)] = part
     model.train(training)
-    return values
+    return found

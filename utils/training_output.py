@@ -17,6 +17,11 @@ METRICS, ARGUMENTS = "metrics.json", "args.yaml"
 STATE = "state.json"  # there once a training has something to go on from
 
 
+def is_complete(output: Path) -> bool:
+    """Whether a training has ended in this folder; one that has not is beside it."""
+    return (output / METRICS).is_file() and (output / ARGUMENTS).is_file()
+
+
 def open_output(
     output: Path,
     settings: dict,
@@ -45,7 +50,7 @@ def open_output(
     if main_process:
         hold(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not (output / METRICS).is_file() or not (output / ARGUMENTS).is_file():
+        if not is_complete(output):
             raise DataError(f"--output_dir {output} exists and holds no {what} of this script; give another folder")
         if not rerun:
             _same_settings(output, settings)

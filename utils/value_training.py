@@ -21,7 +21,7 @@ from utils.cli import DataError, progress
 from utils.config import TrainingSpec
 from utils.files import write_csv
 from utils.fit_measures import validation_report
-from utils.node_values import head_weight, node_values, predict
+from utils.node_values import head_weight, node_values, predict, values_of_states
 from utils.optimization import add_up, linear_schedule, seed_of
 from utils.tree_examples import Example, fingerprint
 from utils.tree_layouts import TOKENS_PER_PASS, Unit, collate, lay_out, make_units, passes, unit_tokens
@@ -205,6 +205,7 @@ def train(
     accelerator=None,
     device: torch.device | str = "cpu",
     max_tokens: int = TOKENS_PER_PASS,
+    validation_states: torch.Tensor | None = None,
     say: Callable[[str], None] = lambda line: None,
     log: Callable[[dict], None] = lambda row: None,
 ) -> dict:
@@ -216,19 +217,18 @@ def train(
             not change what is learned.
         folder: where training_log.csv and the checkpoint are; a checkpoint there is gone on from.
         accelerator: an `accelerate.Accelerator` where several processes train together.
+        validation_states: (M, H) what the head reads at the validation nodes. Given where the head alone is new (no
+            epochs), so that these nodes are not read again.
         say, log: called with lines for the user and with rows of the loss curve.
 
     Returns:
         the contents of metrics.json.
 
     Raises:
-        DataError: nothing to train or validate on, trees that changed since the checkpoint, a loss that is not finite.
+        DataError: trees that changed since the checkpoint, a loss that is not finite.
     """
-    for split, examples in (("training", training), ("validation", validation)):
-        if not examples:
-            raise DataError(
-                f"no nodes to use in the {split} trees" + ("; inner nodes are needed" if split[0] == "v" else "")
-            )
+    assert training and validation, (len(training), len(validation))
+    assert validation_states is None or spec.num_epochs == 0, spec
     device = torch.device(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     course = plan_course(training, validation, spec)
@@ -252,6 +252,8 @@ def train(
 
     def outputs() -> np.ndarray:
         """(M,) what the model says at the validation nodes."""
+        if validation_states is not None:
+            return values_of_states(model, validation_states).cpu().numpy().astype(np.float64)
         values = predict(model, validation, packing=spec.packing, bf16=spec.bf16, device=device, rank=rank, world=world,
                          max_tokens=max_tokens)  # fmt: skip
         values = accelerator.reduce(values, "sum") if world > 1 else values
