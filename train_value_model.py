@@ -234,6 +234,7 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
     import dataclasses
 
     from utils import runs, training_output
+    from utils.files import write_json
     from utils.models import vocabulary_hash
     from utils.tracking import Tracker
     from utils.value_training import train
@@ -272,7 +273,8 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
             known = {"size": len(start.tokenizer), "hash": vocabulary_hash(start.tokenizer)}
             record = {"objective": name, "label": config.label, "vocabulary": known,
                       "pooling": config.value_model.pooling, "start_seconds": start_seconds, **metrics}  # fmt: skip
-            training_output.save_adapter(model, folder, record)
+            training_output.save_adapter(model, folder)
+            write_json(folder / training_output.METRICS, record)
             training_output.publish(folder, plan.output)
         tracker.summary(metrics)
     fit = metrics["validation"]

@@ -682,12 +682,12 @@ def test_ridge_starts_of_several_objectives_take_the_passes_of_one_and_are_those
 
     for objective in alone:
         shutil.rmtree(tmp_path / "value_models" / "iter_0" / objective)
-    save, killed_at = training_output.save_adapter, ["harm"]
+    save, killed_at = training_output.save_adapter, ["harm.partial"]
 
-    def killed(model, folder, metrics):
-        if metrics["objective"] in killed_at:
+    def killed(model, folder):
+        if folder.name in killed_at:
             raise KeyboardInterrupt
-        save(model, folder, metrics)
+        save(model, folder)
 
     monkeypatch.setattr(training_output, "save_adapter", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -716,6 +716,17 @@ def test_a_killed_script_leaves_no_folder_and_the_same_command_completes_it(worl
     assert train_value_model.main(command(world, "--output_dir", str(out), "--packing", "node")) == 0
     assert len(calls) < 2 * 10  # ten steps: some were not done again
     assert (out / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_is_written_over_a_torn_one(tmp_path):
+    model = lora(value_model("llama_full"))
+    for folder in (tmp_path / "whole", tmp_path / "torn"):
+        training_output.save_adapter(model, folder)
+    for path in (tmp_path / "torn").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    training_output.save_adapter(model, tmp_path / "torn")
+    whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "torn"))
+    assert whole == again and len(whole) == 3
 
 
 def test_continuing_goes_to_the_next_iteration_and_starts_from_the_given_model(world, value_model_of_help, capsys):

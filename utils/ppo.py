@@ -53,6 +53,7 @@ from utils.decoding import decode
 from utils.files import write_atomically, write_csv, write_json
 from utils.optimization import add_up
 from utils.policies import ReferencePolicy
+from utils.training_output import METRICS, save_adapter
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"
 CONTROLLER_CLIP = 0.2  # of the relative error of the KL
@@ -521,6 +522,6 @@ def plot_log(rows: Sequence[Mapping]) -> bytes:
 
 def save_policy(policy: PolicyWithValue, folder: Path, record: dict) -> None:
     """The ordinary PEFT adapter, the value head beside it, then metrics.json, which says that it is whole."""
-    policy.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    save_adapter(policy.model, Path(folder))
     write_atomically(Path(folder) / HEAD_FILE, save({n: p.detach().cpu() for n, p in policy.head.named_parameters()}))
-    write_json(Path(folder) / "metrics.json", record)
+    write_json(Path(folder) / METRICS, record)

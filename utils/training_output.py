@@ -10,10 +10,11 @@ from pathlib import Path
 import yaml
 
 from utils.cli import DataError
-from utils.files import hold, put_in_place, write_atomically, write_json
+from utils.files import hold, put_in_place, write_atomically
 from utils.places import ADAPTER, record_checksum
 
 METRICS, ARGUMENTS = "metrics.json", "args.yaml"
+MODEL_CARD = "README.md"  # PEFT's page about the adapter
 STATE = "state.json"  # there once a training has something to go on from
 
 
@@ -113,7 +114,10 @@ def publish(partial: Path, output: Path) -> None:
     put_in_place(partial, output)
 
 
-def save_adapter(model, folder: Path, metrics: dict) -> None:
-    """The PEFT adapter (LoRA and head, no embeddings), then metrics.json, which says that it is whole."""
+def save_adapter(model, folder: Path) -> None:
+    """Write a PEFT adapter (what is trained, no embeddings), over what a killed process or a full disk left of one.
+
+    It is whole once METRICS is there, which is written after it.
+    """
+    (folder / MODEL_CARD).unlink(missing_ok=True)  # PEFT goes on writing one that it finds, however much of it is there
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    write_json(folder / METRICS, metrics)

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         tracker.summary(metrics["held_out"])
     if accelerator.is_main_process:
         (partial / arm.PAIRS_FILE).unlink(missing_ok=True)
-        model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+        training_output.save_adapter(model, partial)
         known = {"kind": "arm", "dataset": dataset.name, "objective": objective.name, "label": config.label}
         known |= {"base_model": base, "base_content": settings["base_content"]}
         write_json(partial / rivals.RECORD, known | metrics)
