@@ -7,6 +7,9 @@ Reads what split_data.py made, <workspace>/data_for_training/<dataset>/iter_0. M
 <workspace>/value_models/iter_0/<objective>: a PEFT adapter, metrics.json and training_log.csv. The folder appears when
 it is complete; killed before, the same command goes on from its last evaluation. A complete one is reported and not
 trained again.
+
+Several objectives share what they can: trees are read once, and with --head_start ridge the untrained model's states
+too, so that all heads take little more time than one. Each is, to the last bit, what it is alone.
 """
 
 from __future__ import annotations

@@ -276,16 +276,10 @@ def train(
         for step in range(first, total):
             torch.manual_seed(seed_of(spec.seed, step, rank))  # ... which each step keys anew
             picked = [course.units[i] for i in course.steps[step]]
-            nodes = sum(len(n) for _, n in picked)
-            optimizer.zero_grad(set_to_none=True)
-            running += add_gradients(model, training, share(picked, rank, world), nodes, dense=spec.targets == "dense",
-                                     scale=scale, bf16=spec.bf16, device=device, max_tokens=max_tokens)  # fmt: skip
-            if world > 1:
-                add_up(accelerator, list(parameters.values()))
-            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = spec.lr * linear_schedule(step, total, course.warmup)
-            optimizer.step()
+            rate = spec.lr * linear_schedule(step, total, course.warmup)
+            part, norm = take_step(model, optimizer, training, picked, rate, accelerator, dense=spec.targets == "dense",
+                                   scale=scale, bf16=spec.bf16, device=device, max_tokens=max_tokens)  # fmt: skip
+            running += part
             done, since = step + 1, since + 1
             bar.update(1)
             bar.tokens(int(course.lengths[course.steps[step]].sum()))
@@ -298,8 +292,9 @@ def train(
                 )
             running, since = torch.zeros((), device=device), 0
             row = {
-                "step": done, "epoch": round(done * spec.num_epochs / total, 4), "nodes": nodes,
-                "lr": f"{optimizer.param_groups[0]['lr']:.4g}", "train_loss": f"{loss:.6g}", "val_loss": "",
+                "step": done, "epoch": round(done * spec.num_epochs / total, 4),
+                "nodes": sum(len(nodes) for _, nodes in picked),
+                "lr": f"{rate:.4g}", "train_loss": f"{loss:.6g}", "val_loss": "",
                 "grad_norm": f"{float(norm):.4g}", "seconds": round(history.seconds, 2),
             }  # fmt: skip
             history.rows.append(row)
@@ -314,14 +309,39 @@ def train(
     history.state = history.checkpoint.load_best()  # what the first process wrote, for every one
     with torch.no_grad():
         head_weight(model).mul_(scale)
-    return {
-        **_figures(training, validation, spec, course, history), "validation": validation_report(validation, outputs()),
-        "processes": world, "device": str(device),
-    }  # fmt: skip
+    report = validation_report(validation, outputs())
+    return _metrics(training, validation, spec, course, history, report, world, device)
 
 
-def _figures(training, validation, spec: TrainingSpec, course: Course, history: History) -> dict:
-    """What metrics.json says of a finished training, but for how well the model fits."""
+def take_step(
+    model, optimizer, examples: Sequence[Example], units: Sequence[Unit], rate: float, accelerator, **how
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step on units, which all processes share.
+
+    Args:
+        rate: the learning rate.
+        how: see `add_gradients`.
+
+    Returns:
+        this process's part of the loss before the step, and the norm of the gradient before it is clipped to 1.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss = add_gradients(model, examples, share(units, rank, world), sum(len(nodes) for _, nodes in units), **how)
+    if world > 1:
+        add_up(accelerator, parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return loss, norm
+
+
+def _metrics(
+    training, validation, spec: TrainingSpec, course: Course, history: History, report: dict, world: int, device
+) -> dict:
+    """What metrics.json says of a finished training; `report` says how well the model fits."""
     state, tokens = history.state, int(course.lengths.sum()) * spec.num_epochs
     last_epoch = [float(r["train_loss"]) for r in history.rows if float(r["epoch"]) > spec.num_epochs - 1]
     return {
@@ -329,10 +349,11 @@ def _figures(training, validation, spec: TrainingSpec, course: Course, history: 
         "num_val_trees": len(validation), "num_val_nodes": sum(len(x.nodes) for x in validation),
         "num_steps": len(course.steps), "best_step": state["best_step"], "warmup_steps": course.warmup,
         "train_loss": float(np.mean(last_epoch)) if last_epoch else math.nan, "val_loss": state["best_loss"],
+        "validation": report,
         "packing": spec.packing, "bf16": spec.bf16, "tokens_read": tokens,
         "tokens_as_paths": int(sum(x.path_lengths[x.nodes].sum() for x in training)) * spec.num_epochs,
         "seconds": state["seconds"], "tokens_per_second": tokens / max(state["seconds"], 1e-9),
-        "fingerprint": state["fingerprint"],
+        "processes": world, "device": str(device), "fingerprint": state["fingerprint"],
     }  # fmt: skip
 
 
