@@ -7,11 +7,15 @@ Reads what split_data.py made, <workspace>/data_for_training/<dataset>/iter_0. M
 <workspace>/value_models/iter_0/<objective>: a PEFT adapter, metrics.json and training_log.csv. The folder appears when
 it is complete; killed before, the same command goes on from its last evaluation. A complete one is reported and not
 trained again.
+
+Several objectives share what they can: trees are read once, and with --head_start ridge the untrained model's states
+too, so that all heads take little more time than one. Each is, to the last bit, what it is alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -208,52 +212,73 @@ def main(argv=None) -> int:
 
     accelerator = Accelerator(cpu=args.device == "cpu")
     device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
-    for plan in plans:
-        train_one(args, config, dataset, plan, accelerator, device)
+    for start, alike in common_starts(args, config, dataset, plans, accelerator, device):
+        for plan in alike:
+            train_one(args, config, dataset, plan, start, accelerator, device)
     return 0
 
 
-def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerator, device) -> None:
-    """Train one objective's value model, unless it is there."""
+def common_starts(args, config: Config, dataset: DatasetSpec, plans: list[Plan], accelerator, device):
+    """Yield (what plans that learn from the same share, these plans), in the plans' order."""
+    from utils.common_start import CommonStart, Source
+
+    def source(plan: Plan) -> Source:
+        return Source(plan.spec, plan.data_dir, plan.init, args.max_trees, args.KL_penalty, args.log_ratio)
+
+    for same, alike in itertools.groupby(plans, source):
+        alike = list(alike)
+        outputs = {plan.objective.name: plan.output for plan in alike}
+        yield CommonStart(config, dataset, same, outputs, rerun=args.rerun, accelerator=accelerator, device=device,
+                          say=accelerator.print), alike  # fmt: skip
+
+
+def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, accelerator, device) -> None:
+    """Train one objective's value model from a `CommonStart`, unless it is there."""
     import dataclasses
 
-    from utils import runs
-    from utils import value_training as vt
+    from utils import runs, training_output
+    from utils.files import write_json
     from utils.models import vocabulary_hash
     from utils.tracking import Tracker
+    from utils.value_training import train
 
-    spec, name = plan.spec, plan.objective.name
+    name = plan.objective.name
     settings = {
         "dataset": dataset.name, "objective": name, "data_dir": str(plan.data_dir.resolve()),
         "init_checkpoint": str(plan.init.resolve()) if plan.init else None, "KL_penalty": args.KL_penalty,
         "log_ratio": args.log_ratio, "max_trees": args.max_trees,
-        "training": dataclasses.asdict(spec), "value_model": dataclasses.asdict(config.value_model),
+        "training": dataclasses.asdict(plan.spec), "value_model": dataclasses.asdict(config.value_model),
     }  # fmt: skip
     record = runs.provenance(device, accelerator.num_processes, config)
     main_process = accelerator.is_main_process
     with accelerator.main_process_first():
-        folder = vt.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)
+        folder = training_output.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)
     if folder is None:
         accelerator.print(f"{plan.output} is complete (--rerun trains it again)")
         return
     accelerator.print(f"value model of {name}: {folder} until it is complete, then {plan.output}")
-    if spec.bf16 and not vt.bf16_is_fast(device):
-        spec = dataclasses.replace(spec, bf16=False)
-        accelerator.print(f"no bfloat16 instructions on {device}: training in float32")
-    with vt.discarded_unless_begun(folder, main_process=main_process):
-        model, tokenizer, training, validation = prepare(args, config, dataset, plan, device, accelerator.print)
-        start_seconds = start_head(model, training, spec, folder, plan.init, accelerator, device)
+    with training_output.discarded_unless_begun(folder, main_process=main_process):
+        training, validation = start.examples(name)
+        nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
+        accelerator.print(
+            f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}"
+        )
+        model = start.model()
+        begun = (folder / training_output.STATE).is_file()
+        start_seconds = 0.0 if begun else round(start.give_head(model, name), 2)
+        states = start.validation_states(model, name)
 
     title = f"value_{plan.output.parent.name}_{name}"
     with Tracker(args.wandb and main_process, "train_value_model", title, settings) as tracker:
-        metrics = vt.train(model, training, validation, spec, folder, accelerator=accelerator, device=device,
-                           say=accelerator.print, log=tracker.log)  # fmt: skip
+        metrics = train(model, training, validation, start.spec, folder, accelerator=accelerator, device=device,
+                        validation_states=states, say=accelerator.print, log=tracker.log)  # fmt: skip
         if main_process:
-            known = {"size": len(tokenizer), "hash": vocabulary_hash(tokenizer)}
+            known = {"size": len(start.tokenizer), "hash": vocabulary_hash(start.tokenizer)}
             record = {"objective": name, "label": config.label, "vocabulary": known,
                       "pooling": config.value_model.pooling, "start_seconds": start_seconds, **metrics}  # fmt: skip
-            vt.save_adapter(model, folder, record)
-            vt.publish(folder, plan.output)
+            training_output.save_adapter(model, folder)
+            write_json(folder / training_output.METRICS, record)
+            training_output.publish(folder, plan.output)
         tracker.summary(metrics)
     fit = metrics["validation"]
     accelerator.print(
@@ -262,49 +287,6 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, accelerato
         f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
-
-
-def prepare(args, config: Config, dataset: DatasetSpec, plan: Plan, device, say):
-    """(the value model to train, the reference's tokenizer, training examples, validation examples)."""
-    import itertools
-
-    from utils import value_training as vt
-    from utils.hdf5_utils import read_trees
-    from utils.models import load_tokenizer, new_value_model, resolved_config, vocabulary_size
-
-    spec = plan.spec
-    reference, made_by = reference_path(config, dataset)
-    tokenizer = load_tokenizer(reference, made_by=made_by)
-    vocab_size = resolved_config(reference).get_text_config().vocab_size
-
-    def examples(split, choose, limit=None):
-        trees = itertools.islice(read_trees(plan.data_dir, split), limit)
-        return vt.make_examples(trees, plan.objective.name, choose, kl_penalty=args.KL_penalty,
-                                log_ratio=args.log_ratio, vocab_size=vocab_size, data_dir=plan.data_dir)  # fmt: skip
-
-    training = examples("train", lambda tree: vt.training_nodes(tree, spec.deepest_fraction, spec.seed), args.max_trees)
-    validation = examples("val", vt.validation_nodes)
-    nodes = [sum(len(x.nodes) for x in split) for split in (training, validation)]
-    say(f"training: {len(training)} trees, {nodes[0]} nodes; validation: {len(validation)}, {nodes[1]}")
-    model = new_value_model(config, tokenizer, vocab_size, device, plan.init, seed=spec.seed)
-    assert vocabulary_size(model) == vocab_size, (vocabulary_size(model), vocab_size)
-    return model, tokenizer, training, validation
-
-
-def start_head(model, training, spec: TrainingSpec, folder: Path, init: Path | None, accelerator, device) -> float:
-    """Give a training that has not begun the head that it starts from; returns the seconds that it took."""
-    import time
-
-    from utils import value_training as vt
-
-    began = time.perf_counter()
-    if not (folder / vt.STATE).is_file():
-        if spec.head_start == "ridge":
-            ridge = vt.start_at_ridge(model, training, bf16=spec.bf16, device=device, accelerator=accelerator)
-            accelerator.print(f"head: ridge regression on the untrained states, penalty {ridge:g}")
-        elif not init:
-            vt.start_at_mean(model, training, packing=spec.packing, device=device)
-    return round(time.perf_counter() - began, 2)
 
 
 if __name__ == "__main__":

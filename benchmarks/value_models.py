@@ -122,8 +122,10 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
     import numpy as np
     import torch
 
-    from utils import value_training as vt
     from utils.models import load_causal_lm, pick_dtype
+    from utils.node_values import backbone_inputs
+    from utils.tree_examples import Example, preorder
+    from utils.tree_layouts import collate, lay_out, response_mean
 
     path = str(config.sft_path(dataset))
     model = load_causal_lm(path, device, pick_dtype(config, device), num_layers=max(layers))
@@ -132,15 +134,15 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
     more = {"group": [], "depth": [], "leaf": []} | {("target", o): [] for o in dataset.objectives}
     bar = cli.progress(total=len(trees), desc="states", unit="tree")
     for number, tree in enumerate(trees):
-        nodes = np.array([n for n in vt.preorder(tree.parent) if n], np.int64)
-        batch = vt.collate([vt.lay_out(vt.Example(tree, nodes, tree.values[dataset.objectives[0]]), nodes)], device)
-        inputs = vt.backbone_inputs(batch, model.dtype)
+        nodes = np.array([n for n in preorder(tree.parent) if n], np.int64)
+        batch = collate([lay_out(Example(tree, nodes, tree.values[dataset.objectives[0]]), nodes)], device)
+        inputs = backbone_inputs(batch, model.dtype)
         with torch.inference_mode():
             hidden = backbone(**inputs, use_cache=False, output_hidden_states=True).hidden_states
             for n in layers:  # the last is normed already
                 state = (hidden[n] if n == len(hidden) - 1 else backbone.norm(hidden[n]))[0].float()
                 found[n, "last"].append(state[batch.places].half().cpu())
-                found[n, "mean"].append((vt.response_mean(batch, torch.float32) @ state).half().cpu())
+                found[n, "mean"].append((response_mean(batch, torch.float32) @ state).half().cpu())
         more["group"].append(np.full(len(nodes), number))
         more["depth"].append(tree.depth[nodes])
         more["leaf"].append(np.isin(nodes, tree.leaves))
@@ -152,21 +154,21 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
 
 
 def curve(states, x, objective: str, validation, numbers: list[int], **what) -> list[dict]:
-    """Rows of one regression, as `start_at_ridge` fits it, at several numbers of training trees."""
+    """Rows of one regression, as `fit_ridges` fits it, at several numbers of training trees."""
     import torch
 
-    from utils.value_training import add_moments, choose_ridge
+    from utils.head_starts import add_moments, choose_ridge
 
     x, group = x.double(), states["group"]
     target = torch.from_numpy(states["target", objective])
     gram = torch.zeros(2, 5, x.shape[1], x.shape[1], dtype=torch.float64)
-    cross, read, rows = torch.zeros(2, 5, x.shape[1], dtype=torch.float64), 0, []
+    cross, read, rows = torch.zeros(1, 2, 5, x.shape[1], dtype=torch.float64), 0, []
     for number in sorted(n for n in numbers if n <= group[~validation].max() + 1):
         for tree in range(read, number):
             mine = torch.from_numpy(group == tree)
-            add_moments(gram, cross, tree % 5, x[mine], target[mine])
+            add_moments(gram, cross, tree % 5, x[mine], target[None, mine])
         read = number
-        ridge, weight = choose_ridge(gram, cross)
+        ridge, weight = choose_ridge(gram, cross[0])
         predicted = (x @ weight).numpy()
         inner = validation & ~states["leaf"]
         rows.append(
@@ -178,7 +180,7 @@ def curve(states, x, objective: str, validation, numbers: list[int], **what) -> 
 
 def quality(target, predicted, group, inner, depth) -> dict[str, float]:
     """Correlation and explained variance within a prompt on inner nodes, and the correlation at depth 1."""
-    from utils.value_training import correlation, explained_variance
+    from utils.fit_measures import correlation, explained_variance
 
     first = inner & (depth == 1)
     return {

@@ -74,12 +74,15 @@ def main(argv=None) -> int:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    import utils.value_training as vt
     from utils.config import LoraSpec, TrainingSpec
-    from utils.models import pick_device
+    from utils.models import has_bfloat16, pick_device
+    from utils.node_values import node_values
+    from utils.tree_examples import make_examples, training_nodes
+    from utils.tree_layouts import collate, lay_out, make_units, unit_tokens
+    from utils.value_training import add_gradients, make_optimizer, plan_epoch
 
     device = pick_device(args.device)
-    bf16 = args.bf16 and vt.bf16_is_fast(device)
+    bf16 = args.bf16 and has_bfloat16(device)
     hidden, mlp, layers, heads, kv_heads, vocabulary, rank, dropout = SHAPES[args.model]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -92,16 +95,16 @@ def main(argv=None) -> int:
         warnings.simplefilter("ignore")  # PEFT asks transformers for a deprecated property
         model = get_peft_model(LlamaForSequenceClassification(config), lora).to(device)
     trees = make_trees(args, vocabulary)
-    examples = vt.make_examples(trees, "reward", lambda tree: vt.training_nodes(tree, 1.0, 0))
+    examples = make_examples(trees, "reward", lambda tree: training_nodes(tree, 1.0, 0))
     nodes = sum(len(x.nodes) for x in examples)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def one_run(packing: str, training: bool) -> tuple[float, int]:
         """Seconds, and the tokens read with their padding."""
-        units = vt.make_units(examples, packing, args.batch_size)
-        lengths = torch.tensor([vt.unit_tokens(examples[i], n) for i, n in units]).numpy()
-        steps = vt.plan_epoch(units, lengths, packing, args.batch_size, seed=0, epoch=0)
-        optimizer = vt.make_optimizer(model, TrainingSpec(lr=1e-6))
+        units = make_units(examples, packing, args.batch_size)
+        lengths = torch.tensor([unit_tokens(examples[i], n) for i, n in units]).numpy()
+        steps = plan_epoch(units, lengths, packing, args.batch_size, seed=0, epoch=0)
+        optimizer = make_optimizer(model, TrainingSpec(lr=1e-6))
         model.train(training)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -110,14 +113,14 @@ def main(argv=None) -> int:
             picked = [units[u] for u in step]
             read += len(step) * int(max(lengths[step]))
             if training:
-                vt.add_gradients(model, examples, picked, nodes, bf16=bf16, device=device)
+                add_gradients(model, examples, picked, nodes, bf16=bf16, device=device)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             else:
-                layouts = [vt.lay_out(examples[i], n) for i, n in picked]
+                layouts = [lay_out(examples[i], n) for i, n in picked]
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    vt.node_values(model, vt.collate(layouts, device))
+                    node_values(model, collate(layouts, device))
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun, read

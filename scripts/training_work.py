@@ -5,7 +5,9 @@
 
 Reads what the stages left in the workspace (trees, value models, policies, autoregressive reward models); nothing is
 loaded. Operations are those of utils/costs.py: the matrix products of every pass. The reward models' reading of leaves
-and answers is left out. Seconds are those that the stages measured, on the device and under the load that there was.
+and answers is left out. The states that a ridge start reads are counted for each value model, as if it were trained
+alone; objectives of one command read them together. Seconds are those that the stages measured, on the device and under
+the load that there was.
 """
 
 from __future__ import annotations

@@ -69,11 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(model, data_dir: Path, objective: str, device) -> dict[str, float]:
     """A value model's fit to the held-out inner nodes of a folder of trees."""
-    from utils import value_training as vt
+    from utils.fit_measures import validation_report
     from utils.hdf5_utils import read_trees
+    from utils.node_values import predict
+    from utils.tree_examples import make_examples, validation_nodes
 
-    examples = vt.make_examples(read_trees(data_dir, "val"), objective, vt.validation_nodes, data_dir=data_dir)
-    return vt.validation_report(examples, vt.predict(model, examples, device=device).cpu().numpy())
+    examples = make_examples(read_trees(data_dir, "val"), objective, validation_nodes, data_dir=data_dir)
+    return validation_report(examples, predict(model, examples, device=device).cpu().numpy())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ STAGES = {
         Stage("split_data", "split_data", ITER, ("labels",), shared=True),
         Stage("train_value_model", "train_value_model", "--objective help --num_epochs 2", ("split",)),
         Stage(
-            "train_value_model, ridge", "train_value_model", "--objective help --num_epochs 0 --head_start ridge",
+            "train_value_model, ridge", "train_value_model", "--objective help,harm --num_epochs 0 --head_start ridge",
             ("split",),
         ),
         Stage("fit_token_table", "fit_token_table", f"{ITER} all", ("labels",), shared=True),

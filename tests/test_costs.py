@@ -130,8 +130,8 @@ def test_tokens_of_the_tiny_worlds_trees_are_counted_exactly_and_expected_about_
     """Exactly: what collection, labelling and training read of real trees. About: what the model expects of a world of
     which it knows the lengths of prompts and answers alone, within a fifth; answers do not end at a constant rate."""
     import get_data_base
+    from utils.tree_examples import make_examples, training_nodes
     from utils.trees import back_up
-    from utils.value_training import make_examples, training_nodes
 
     collect = ["0", "60", "--dataset", "anthropic", "--output_dir", str(tmp_path), *rival_world.common]
     capsys.readouterr()

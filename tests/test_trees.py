@@ -383,8 +383,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_soft_labels_say_what_soft_values_pay_for(tmp_path):
     """label_tree.py --soft writes the expected log-ratios; training takes their mode, and never two at once."""
-    from utils import value_training as vt
     from utils.labelling import label_softly
+    from utils.tree_examples import make_examples, validation_nodes
 
     shape, policy = TreeShape(2, 2, 2, 8), ReferencePolicy(causal_lm("llama_full"), top_k=5)
     for index, tree in grow(policy, {3: [5, 6, 7], 4: [8, 9]}, shape, 3).items():
@@ -401,15 +401,15 @@ def test_soft_labels_say_what_soft_values_pay_for(tmp_path):
             stored = json.loads((tmp_path / f"prompt{tree.prompt_index}_tree.json").read_text())["expected_log_ratio"]
             assert stored["mode"] == mode and stored["nodes"] == pytest.approx(expected.tolist())
             assert expected.tolist() == pytest.approx(expected_log_ratio(tree.parent, tree.log_ratio, mode).tolist())
-        examples = vt.make_examples(trees, "help", vt.validation_nodes, kl_penalty=0.5)
+        examples = make_examples(trees, "help", validation_nodes, kl_penalty=0.5)
         targets[mode] = np.concatenate([x.targets for x in examples])
         soft = [t.values["help"] - 0.5 * e for t, e in zip(trees, found, strict=True)]
         assert np.allclose(targets[mode], np.concatenate(soft))
     assert not np.allclose(targets["whole"], targets["future"])
     mixed = [dataclasses.replace(trees[0], soft="whole"), trees[1]]
     with pytest.raises(DataError, match="different log-ratios.*--soft"):
-        vt.make_examples(mixed, "help", vt.validation_nodes, kl_penalty=0.5)
-    assert len(vt.make_examples(mixed, "help", vt.validation_nodes)) == 2  # plain values do not care
+        make_examples(mixed, "help", validation_nodes, kl_penalty=0.5)
+    assert len(make_examples(mixed, "help", validation_nodes)) == 2  # plain values do not care
 
     path = tmp_path / "prompt3_tree.json"
     record = json.loads(path.read_text())

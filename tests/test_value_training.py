@@ -20,15 +20,23 @@ import yaml
 
 import train_value_model
 from tests.models_for_tests import CONFIGS, VOCAB, value_model
-from utils import value_training as vt
+from utils import training_output
+from utils.cached_models import without_adapter
 from utils.cli import DataError, UsageError
 from utils.config import LoraSpec, TrainingSpec
+from utils.fit_measures import correlation, explainable_variance, explained_variance, target_noise
 from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tree
+from utils.head_starts import BETWEEN, RIDGES, fit_ridges, start_at_mean, start_at_ridge
+from utils.node_values import head_weight, predict
+from utils.optimization import linear_schedule
+from utils.tree_examples import Example, make_examples, node_targets, training_nodes, validation_nodes
+from utils.tree_layouts import collate, lay_out, make_units, passes, unit_tokens
 from utils.trees import Tree, back_up
+from utils.value_training import add_gradients, milestones, plan_epoch, share, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
 
-ROOT = Path(vt.__file__).resolve().parent.parent
+ROOT = Path(train_value_model.__file__).resolve().parent
 SPEC = TrainingSpec(num_epochs=2, batch_size=8, lr=3e-3, warmup_steps=2, packing="tree", deepest_fraction=1.0, seed=3)
 
 
@@ -58,8 +66,8 @@ def make_tree(index: int, children=(3, 2), prompt: int = 4, segment: int = 5, la
     return tree.labelled("help", rewards)
 
 
-def examples(n: int = 6, choose=lambda t: vt.training_nodes(t, 1.0, 0), start: int = 0, **kwargs) -> list[vt.Example]:
-    return vt.make_examples([make_tree(start + i, **kwargs) for i in range(n)], "help", choose)
+def examples(n: int = 6, choose=lambda t: training_nodes(t, 1.0, 0), start: int = 0, **kwargs) -> list[Example]:
+    return make_examples([make_tree(start + i, **kwargs) for i in range(n)], "help", choose)
 
 
 def lora(model, r: int = 4, dropout: float = 0.0):
@@ -87,24 +95,24 @@ def gradients(model) -> torch.Tensor:
 
 def test_explained_variance_of_perfect_constant_and_shifted_predictions():
     targets = np.array([1.0, 2.0, 4.0, 7.0])
-    assert vt.explained_variance(targets, targets) == 1.0
-    assert vt.explained_variance(targets, np.full(4, 3.0)) == 0.0
-    assert vt.explained_variance(targets, targets + 5) == pytest.approx(1.0)
-    assert vt.explained_variance(targets, 2 * targets) == pytest.approx(0.0)
-    assert math.isnan(vt.explained_variance(np.ones(3), np.arange(3.0)))
-    assert math.isnan(vt.explained_variance([], []))
+    assert explained_variance(targets, targets) == 1.0
+    assert explained_variance(targets, np.full(4, 3.0)) == 0.0
+    assert explained_variance(targets, targets + 5) == pytest.approx(1.0)
+    assert explained_variance(targets, 2 * targets) == pytest.approx(0.0)
+    assert math.isnan(explained_variance(np.ones(3), np.arange(3.0)))
+    assert math.isnan(explained_variance([], []))
 
 
 def test_explained_variance_within_groups_ignores_what_lies_between_them():
     groups = ["a", "a", "b", "b"]
     targets = np.array([0.0, 1.0, 10.0, 11.0])
     between = np.array([0.5, 0.5, 10.5, 10.5])
-    assert vt.explained_variance(targets, between) > 0.99
-    assert vt.explained_variance(targets, between, groups) == 0.0
-    assert vt.explained_variance(targets, targets + np.array([7, 7, -3, -3]), groups) == pytest.approx(1.0)
-    assert vt.correlation(targets, -targets, groups) == pytest.approx(-1.0)
-    assert vt.correlation(targets, np.array([0.0, 2.0, 5.0, 7.0]), groups) == pytest.approx(1.0)
-    assert math.isnan(vt.correlation(targets, between, groups))
+    assert explained_variance(targets, between) > 0.99
+    assert explained_variance(targets, between, groups) == 0.0
+    assert explained_variance(targets, targets + np.array([7, 7, -3, -3]), groups) == pytest.approx(1.0)
+    assert correlation(targets, -targets, groups) == pytest.approx(-1.0)
+    assert correlation(targets, np.array([0.0, 2.0, 5.0, 7.0]), groups) == pytest.approx(1.0)
+    assert math.isnan(correlation(targets, between, groups))
 
 
 def test_the_explainable_variance_is_what_a_model_reaches_that_knows_the_true_values():
@@ -117,16 +125,16 @@ def test_the_explainable_variance_is_what_a_model_reaches_that_knows_the_true_va
         leaves = np.repeat(true, 4) + rng.normal(size=20)
         values = back_up(parent, np.r_[np.zeros(6), leaves])
         tree = Tree(parent, [np.array([3], np.int32)] * 26, np.zeros(26), {"help": values})
-        nodes = vt.validation_nodes(tree)
+        nodes = validation_nodes(tree)
         assert nodes.tolist() == [1, 2, 3, 4, 5]
         targets += values[nodes].tolist()
         truth += true.tolist()
-        noise += vt.target_noise(tree, values, nodes).tolist()
+        noise += target_noise(tree, values, nodes).tolist()
         groups += [index] * 5
-    ceiling = vt.explainable_variance(targets, np.array(noise), groups)
+    ceiling = explainable_variance(targets, np.array(noise), groups)
     assert ceiling == pytest.approx(0.8, abs=0.02)
-    assert vt.explained_variance(targets, truth, groups) == pytest.approx(ceiling, abs=0.02)
-    assert math.isnan(vt.target_noise(tree, values - np.arange(26), [1])[0])  # a soft value is not its children's mean
+    assert explained_variance(targets, truth, groups) == pytest.approx(ceiling, abs=0.02)
+    assert math.isnan(target_noise(tree, values - np.arange(26), [1])[0])  # a soft value is not its children's mean
 
 
 # ------------------------------------------------------------------------------------------------------ nodes, targets
@@ -137,44 +145,44 @@ def test_targets_are_soft_values_and_the_penalty_counts_the_future_only():
         parent=np.array([-1, 0, 1, 1]), tokens=[np.array([3], np.int32)] * 4, log_ratio=np.array([0.0, 10.0, 1.0, 3.0]),
         values={"help": np.array([5.0, 5.0, 4.0, 6.0])},
     )  # fmt: skip
-    assert vt.node_targets(tree, "help").tolist() == [5, 5, 4, 6]
-    assert vt.node_targets(tree, "help", 0.5).tolist() == [5 - 6, 5 - 1, 4, 6]
-    assert vt.node_targets(tree, "help", 0.5, "whole").tolist() == [-1, -1, 4 - 5.5, 6 - 6.5]
+    assert node_targets(tree, "help").tolist() == [5, 5, 4, 6]
+    assert node_targets(tree, "help", 0.5).tolist() == [5 - 6, 5 - 1, 4, 6]
+    assert node_targets(tree, "help", 0.5, "whole").tolist() == [-1, -1, 4 - 5.5, 6 - 6.5]
 
 
 def test_the_deepest_level_is_each_trees_own_and_half_of_it_is_left_out():
     deep, shallow = make_tree(0, children=(2, 2, 2)), make_tree(1, children=(4,))
     for tree, deepest in ((deep, 8), (shallow, 4)):
-        nodes = vt.training_nodes(tree, 0.5, seed=0)
+        nodes = training_nodes(tree, 0.5, seed=0)
         chosen_depth = tree.depth[nodes]
         assert (chosen_depth == tree.depth.max()).sum() == deepest // 2
         assert len(nodes) == len(tree) - 1 - deepest // 2 and 0 not in nodes
-    assert len(vt.training_nodes(deep, 1.0, 0)) == len(deep) - 1
-    assert (deep.depth[vt.training_nodes(deep, 0.0, 0)] < 3).all()
+    assert len(training_nodes(deep, 1.0, 0)) == len(deep) - 1
+    assert (deep.depth[training_nodes(deep, 0.0, 0)] < 3).all()
 
 
 def test_the_chosen_nodes_depend_on_seed_and_prompt_alone():
     tree = make_tree(0, children=(3, 3, 3))
-    same = [vt.training_nodes(tree, 0.5, seed=1).tolist() for _ in range(2)]
-    other_seed = vt.training_nodes(tree, 0.5, seed=2).tolist()
-    other_prompt = vt.training_nodes(dataclasses.replace(tree, prompt_index=9), 0.5, seed=1).tolist()
+    same = [training_nodes(tree, 0.5, seed=1).tolist() for _ in range(2)]
+    other_seed = training_nodes(tree, 0.5, seed=2).tolist()
+    other_prompt = training_nodes(dataclasses.replace(tree, prompt_index=9), 0.5, seed=1).tolist()
     assert same[0] == same[1] and same[0] != other_seed and same[0] != other_prompt
 
 
 def test_validation_reads_inner_nodes_only_and_empty_segments_are_never_read():
     tree = make_tree(0, children=(3, 2))
-    nodes = vt.validation_nodes(tree)
+    nodes = validation_nodes(tree)
     assert set(nodes) == set(range(1, len(tree))) - set(tree.leaves)
     tree.tokens[nodes[0]] = np.zeros(0, np.int32)
-    assert nodes[0] not in vt.validation_nodes(tree) and nodes[0] not in vt.training_nodes(tree, 1.0, 0)
+    assert nodes[0] not in validation_nodes(tree) and nodes[0] not in training_nodes(tree, 1.0, 0)
 
 
 def test_unlabelled_trees_name_the_command_that_labels_them():
     message = r"no values of 'help' \(found: none\).*label_tree.py data help"
     with pytest.raises(DataError, match=message):
-        vt.make_examples([make_tree(0, labelled=False)], "help", vt.validation_nodes, data_dir="data")
+        make_examples([make_tree(0, labelled=False)], "help", validation_nodes, data_dir="data")
     with pytest.raises(DataError, match=r"token \d+, the value model knows 10 tokens"):
-        vt.make_examples([make_tree(0)], "help", vt.validation_nodes, vocab_size=10)
+        make_examples([make_tree(0)], "help", validation_nodes, vocab_size=10)
 
 
 # ------------------------------------------------------------------------------------------------- layouts and packings
@@ -182,9 +190,9 @@ def test_unlabelled_trees_name_the_command_that_labels_them():
 
 def test_in_a_trees_row_each_token_sees_its_own_path_and_nothing_else():
     example = examples(1, children=(3, 2, 2))[0]
-    tree, layout = example.tree, vt.lay_out(example, example.nodes)
+    tree, layout = example.tree, lay_out(example, example.nodes)
     owner = np.concatenate([np.full(len(tree.tokens[n]), n) for n in example.preorder])
-    mask = vt.collate([layout]).inputs["attention_mask"][0, 0] == 0
+    mask = collate([layout]).inputs["attention_mask"][0, 0] == 0
     for i in range(len(owner)):
         ancestors = tree.path(owner[i])
         for j in range(len(owner)):
@@ -227,8 +235,8 @@ def test_both_packings_give_the_loss_and_gradients_of_one_plain_call_per_path(na
     for packing in ("node", "tree"):
         for max_tokens in (10_000, 60):  # in one pass, in many
             model.zero_grad()
-            units = vt.make_units(data, packing, 1000)
-            loss = vt.add_gradients(model, data, units, total, dense=dense, max_tokens=max_tokens)
+            units = make_units(data, packing, 1000)
+            loss = add_gradients(model, data, units, total, dense=dense, max_tokens=max_tokens)
             assert float(loss) == pytest.approx(plain.item(), rel=1e-5)
             assert torch.allclose(gradients(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -239,8 +247,8 @@ def test_predictions_are_in_the_nodes_order_whatever_the_packing_the_pass_and_th
     expected = [model(input_ids=path).logits.item() for path in paths]
     for packing in ("node", "tree"):
         for max_tokens in (10_000, 70):
-            assert np.allclose(vt.predict(model, data, packing=packing, max_tokens=max_tokens), expected, atol=1e-6)
-        halves = [vt.predict(model, data, packing=packing, max_tokens=70, rank=r, world=2) for r in range(2)]
+            assert np.allclose(predict(model, data, packing=packing, max_tokens=max_tokens), expected, atol=1e-6)
+        halves = [predict(model, data, packing=packing, max_tokens=70, rank=r, world=2) for r in range(2)]
         assert np.allclose(halves[0] + halves[1], expected, atol=1e-6)
         assert all((h == 0).any() for h in halves)
 
@@ -248,27 +256,27 @@ def test_predictions_are_in_the_nodes_order_whatever_the_packing_the_pass_and_th
 def test_a_tree_larger_than_a_batch_is_cut_and_its_parts_read_what_they_need():
     model = lora(value_model("llama_full"))
     data = examples(1, children=(4, 3, 2))
-    units = vt.make_units(data, "tree", batch_size=8)
+    units = make_units(data, "tree", batch_size=8)
     assert len(units) == 5 and np.concatenate([n for _, n in units]).tolist() == data[0].nodes.tolist()
     total = len(data[0].nodes)
-    vt.add_gradients(model, data, vt.make_units(data, "tree", 1000), total)
+    add_gradients(model, data, make_units(data, "tree", 1000), total)
     whole = gradients(model)
     model.zero_grad()
     for unit in units:
-        vt.add_gradients(model, data, [unit], total)
+        add_gradients(model, data, [unit], total)
     assert torch.allclose(gradients(model), whole, atol=1e-8)
-    assert max(vt.unit_tokens(data[0], n) for _, n in units) < vt.unit_tokens(data[0], data[0].nodes)
+    assert max(unit_tokens(data[0], n) for _, n in units) < unit_tokens(data[0], data[0].nodes)
 
 
 def test_a_tree_has_fewer_tokens_than_its_paths():
     example = examples(1, children=(4, 2, 2))[0]
-    assert vt.unit_tokens(example, example.nodes) == sum(len(t) for t in example.tree.tokens)
-    assert vt.unit_tokens(example, example.nodes) < example.path_lengths[example.nodes].sum() / 2
+    assert unit_tokens(example, example.nodes) == sum(len(t) for t in example.tree.tokens)
+    assert unit_tokens(example, example.nodes) < example.path_lengths[example.nodes].sum() / 2
 
 
 def test_passes_are_within_their_tokens_and_hold_each_layout_once():
-    layouts = [vt.lay_out(x, x.nodes) for x in examples(9, children=(3,))]
-    groups = vt.passes(layouts, max_tokens=60)
+    layouts = [lay_out(x, x.nodes) for x in examples(9, children=(3,))]
+    groups = passes(layouts, max_tokens=60)
     assert sorted(i for g in groups for i in g) == list(range(9))
     assert all(len(g) == 1 or len(g) * max(len(layouts[i].tokens) for i in g) <= 60 for g in groups)
 
@@ -280,29 +288,29 @@ def test_passes_are_within_their_tokens_and_hold_each_layout_once():
 @pytest.mark.parametrize("batch_size", [4, 9, 30])
 def test_an_epoch_reads_every_node_once_in_steps_of_about_the_batch(packing, batch_size):
     data = examples(40)
-    units = vt.make_units(data, packing, batch_size)
-    lengths = np.array([vt.unit_tokens(data[i], n) for i, n in units])
-    steps = vt.plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=0)
+    units = make_units(data, packing, batch_size)
+    lengths = np.array([unit_tokens(data[i], n) for i, n in units])
+    steps = plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=0)
     assert sorted(u for step in steps for u in step) == list(range(len(units)))
     sizes = np.array([sum(len(units[u][1]) for u in step) for step in steps])
     assert abs(sizes[:-1].mean() / batch_size - 1) < 0.2, sizes
-    assert steps == vt.plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=0)
-    assert steps != vt.plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=1)
+    assert steps == plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=0)
+    assert steps != plan_epoch(units, lengths, packing, batch_size, seed=0, epoch=1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 40])
 def test_processes_share_a_steps_nodes_without_loss_or_overlap(world):
-    step = vt.make_units(examples(3), "tree", 1000)
-    parts = [vt.share(step, rank, world) for rank in range(world)]
+    step = make_units(examples(3), "tree", 1000)
+    parts = [share(step, rank, world) for rank in range(world)]
     assert [(i, n) for p in parts for i, nodes in p for n in nodes] == [(i, n) for i, nodes in step for n in nodes]
     sizes = [sum(len(n) for _, n in p) for p in parts]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
-    rates = [vt.linear_schedule(s, 10, 3) for s in range(10)]
+    rates = [linear_schedule(s, 10, 3) for s in range(10)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[9] == pytest.approx(1 / 7)
-    assert vt.linear_schedule(0, 10, 0) == 1.0
+    assert linear_schedule(0, 10, 0) == 1.0
     assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
 
 
@@ -314,7 +322,7 @@ def trained(folder, packing="tree", dropout=0.0, log=lambda row: None, **changes
     model = lora(value_model("llama_grouped_tied", dtype=torch.float32), dropout=dropout)
     torch.nn.init.zeros_(model.get_base_model().score.weight)  # as `new_value_model` starts
     spec = dataclasses.replace(SPEC, packing=packing, **changes)
-    metrics = vt.train(model, examples(24), examples(8, vt.validation_nodes, start=100), spec, folder, log=log)
+    metrics = train(model, examples(24), examples(8, validation_nodes, start=100), spec, folder, log=log)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), metrics
 
 
@@ -323,16 +331,23 @@ def test_a_new_head_predicts_the_targets_mean_and_stays_zero_for_a_mean_of_zero(
     torch.nn.init.zeros_(model.get_base_model().score.weight)
     mean = np.concatenate([x.targets[x.nodes] for x in data]).mean()
     centred = [dataclasses.replace(x, targets=x.targets - mean) for x in data]
-    vt.start_at_mean(model, centred)
-    assert vt.predict(model, data).abs().max() < 1e-4
-    vt.start_at_mean(model, [dataclasses.replace(x, targets=x.targets + 30) for x in data], max_trees=12)
-    assert vt.predict(model, data).mean().item() == pytest.approx(30 + mean, rel=1e-4)
+    start_at_mean(model, centred)
+    assert predict(model, data).abs().max() < 1e-4
+    start_at_mean(model, [dataclasses.replace(x, targets=x.targets + 30) for x in data], max_trees=12)
+    assert predict(model, data).mean().item() == pytest.approx(30 + mean, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
 
 
 def log_of(folder):
     with open(folder / "training_log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def started_at_ridge(model, data, **how) -> float:
+    """Start a model's head so; returns the penalty."""
+    [ridge] = fit_ridges(model, [data], **how)
+    start_at_ridge(model, ridge)
+    return ridge.penalty
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -357,10 +372,10 @@ def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
 
     def fit(kept, ridge, y):
         (xw, xm), (yw, ym) = within_and_mean(x), within_and_mean(y)
-        root = math.sqrt(vt.BETWEEN)
+        root = math.sqrt(BETWEEN)
         a = np.concatenate([xw[kept], root * xm[kept]])
         b = np.concatenate([yw[kept], root * ym[kept]])
-        unit = (np.square(xw).sum() + vt.BETWEEN * np.square(xm).sum()) / x.shape[1]
+        unit = (np.square(xw).sum() + BETWEEN * np.square(xm).sum()) / x.shape[1]
         return np.linalg.solve(a.T @ a + ridge * unit * np.eye(x.shape[1]), a.T @ b)
 
     for start in (np.zeros(x.shape[1]), np.linspace(-1, 1, x.shape[1])):
@@ -368,16 +383,29 @@ def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
             head.copy_(torch.tensor(start)[None])
         y = targets - x @ start
         errors = []
-        for ridge in vt.RIDGES:
+        for ridge in RIDGES:
             left = [
                 within_and_mean(y - x @ fit(groups % 5 != fold, ridge, y))[0][groups % 5 == fold] for fold in range(5)
             ]
             errors.append(sum(np.square(e).sum() for e in left))
-        chosen = vt.start_at_ridge(model, data)
-        assert chosen == vt.RIDGES[int(np.argmin(errors))]
+        chosen = started_at_ridge(model, data)
+        assert chosen == RIDGES[int(np.argmin(errors))]
         expected = start + fit(groups >= 0, chosen, y)
         assert np.allclose(head.detach().numpy()[0], expected, atol=1e-6 * abs(expected).max())
-    assert vt.correlation(targets, x @ expected, groups) > 0.5
+    assert correlation(targets, x @ expected, groups) > 0.5
+
+
+def test_ridge_regressions_of_several_objectives_are_those_of_each_to_the_last_bit():
+    """Also from a head that is there; the pass is one, its moments with each objective's targets are apart."""
+    model, data = lora(value_model("llama_full", pooling="mean")), examples(12)
+    other = [dataclasses.replace(x, targets=np.sin(40 * x.targets)) for x in data]
+    together = fit_ridges(model, [data, other, data])
+    for found, alone in zip(together, (data, other, data), strict=True):
+        [expected] = fit_ridges(model, [alone])
+        assert torch.equal(found.step, expected.step) and found.penalty == expected.penalty
+    assert not torch.allclose(together[0].step, together[1].step)
+    with pytest.raises(AssertionError):
+        fit_ridges(model, [data, examples(12, validation_nodes)])
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -386,15 +414,13 @@ def test_a_ridge_start_without_epochs_is_the_model_and_its_error_is_reported(tmp
     model, data, held_out = lora(value_model("llama_full", pooling="mean")), examples(12), examples(4, start=50)
     with torch.no_grad():
         model.get_base_model().score.weight.zero_()
-    vt.start_at_ridge(model, data)
+    started_at_ridge(model, data)
     before = model.get_base_model().score.weight.detach().clone()
-    metrics = vt.train(model, data, held_out, spec, tmp_path)
+    metrics = train(model, data, held_out, spec, tmp_path)
     assert torch.allclose(model.get_base_model().score.weight, before, rtol=1e-6)
     assert metrics["num_steps"] == metrics["best_step"] == 0 and math.isnan(metrics["train_loss"])
     targets = np.concatenate([x.targets[x.nodes] for x in held_out])
-    assert metrics["val_loss"] == pytest.approx(
-        np.square(vt.predict(model, held_out).numpy() - targets).mean(), rel=1e-5
-    )
+    assert metrics["val_loss"] == pytest.approx(np.square(predict(model, held_out).numpy() - targets).mean(), rel=1e-5)
 
 
 def test_training_in_standard_deviations_learns_the_same_values_whatever_the_rewards_unit(tmp_path):
@@ -408,8 +434,8 @@ def test_training_in_standard_deviations_learns_the_same_values_whatever_the_rew
             [dataclasses.replace(x, targets=unit * x.targets) for x in part]
             for part in (examples(8), examples(4, start=50))
         ]
-        vt.train(model, data, held_out, spec, tmp_path / str(unit))
-        predictions.append(vt.predict(model, held_out).numpy() / unit)
+        train(model, data, held_out, spec, tmp_path / str(unit))
+        predictions.append(predict(model, held_out).numpy() / unit)
     assert abs(predictions[0]).max() > 0.05
     assert np.allclose(*predictions, rtol=1e-3, atol=1e-4)
 
@@ -454,15 +480,15 @@ def test_a_resumed_training_refuses_other_trees(tmp_path):
     trained(tmp_path)
     model = lora(value_model("llama_grouped_tied", dtype=torch.float32))
     with pytest.raises(DataError, match="trees have changed"):
-        vt.train(model, examples(23), examples(8, vt.validation_nodes, start=100), SPEC, tmp_path)
+        train(model, examples(23), examples(8, validation_nodes, start=100), SPEC, tmp_path)
 
 
 def test_validation_stays_a_fifth_of_the_training_however_many_trees_it_has():
-    data, many = examples(10), examples(60, vt.validation_nodes, start=100)
-    epoch = sum(vt.unit_tokens(x, x.nodes) for x in data)
-    evaluated, logged = vt._milestones(data, many, SPEC, epoch, total=40)
+    data, many = examples(10), examples(60, validation_nodes, start=100)
+    epoch = sum(unit_tokens(x, x.nodes) for x in data)
+    evaluated, logged = milestones(data, many, SPEC, epoch, total=40)
     assert max(evaluated) == 40 and len(evaluated) == SPEC.num_epochs and evaluated <= logged
-    assert len(vt._milestones(data, many[:1], SPEC, epoch, total=40)[0]) == 10 * SPEC.num_epochs
+    assert len(milestones(data, many[:1], SPEC, epoch, total=40)[0]) == 10 * SPEC.num_epochs
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -537,7 +563,7 @@ def test_the_adapter_loads_with_plain_peft_and_gives_the_reported_error(world, v
     errors = []
     for index in range(5):
         tree = make_tree(index)
-        for node in vt.validation_nodes(tree):
+        for node in validation_nodes(tree):
             with torch.no_grad():
                 value = model(input_ids=torch.tensor(tree.path_tokens(node)[None].astype(np.int64))).logits[0, 0]
             errors.append(float(value) - tree.values["help"][node])
@@ -567,17 +593,23 @@ def test_rerun_trains_again_and_gives_the_same_bytes(world, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != first
 
 
-def test_several_objectives_are_trained_in_turn_each_as_alone(world, value_model_of_help, tmp_path, capsys):
+@pytest.fixture
+def two_objectives(world, tmp_path):
+    """A workspace whose trees have values of help and of harm; returns the command's arguments."""
     data = tmp_path / "trees"
     for split in ("train", "val"):
         for tree in read_trees(world / "trees", split):
-            write_structure(
-                data / split / f"prompt{tree.prompt_index}_tree.json", tree.labelled("harm", -tree.values["help"])
-            )
+            values = np.random.default_rng(tree.prompt_index).normal(size=len(tree)) - tree.values["help"]
+            write_structure(data / split / f"prompt{tree.prompt_index}_tree.json", tree.labelled("harm", values))
     shutil.copy(world / "trees" / "all_tokens.hdf5", data)
-    arguments = ["--data_dir", str(data), "--workspace", str(tmp_path)]
-    world_of_base = [*command(world, *arguments, objective="all")]
     (tmp_path / "base").symlink_to(world / "base")
+    return ["--data_dir", str(data), "--workspace", str(tmp_path)]
+
+
+def test_several_objectives_are_trained_in_turn_each_as_alone(
+    world, two_objectives, value_model_of_help, tmp_path, capsys
+):
+    world_of_base = [*command(world, *two_objectives, objective="all")]
     assert train_value_model.main(world_of_base) == 0
     made = tmp_path / "value_models" / "iter_0"
     same = [(folder / "adapter_model.safetensors").read_bytes() for folder in (made / "help", value_model_of_help)]
@@ -586,10 +618,90 @@ def test_several_objectives_are_trained_in_turn_each_as_alone(world, value_model
     assert train_value_model.main(world_of_base) == 0 and capsys.readouterr().out.count("is complete (--rerun") == 2
 
 
+RIDGE = ("--head_start", "ridge", "--num_epochs", "0", "--standardize")
+
+
+class Passes:
+    """Counts the passes of all backbones, and the times that a split's trees are read."""
+
+    def __init__(self, monkeypatch):
+        from utils import common_start
+
+        self.backbone, self.splits, real = 0, [], common_start.read_trees
+
+        def counted(data_dir, split):
+            self.splits.append(split)
+            return real(data_dir, split)
+
+        monkeypatch.setattr(common_start, "read_trees", counted)
+
+    def __enter__(self):
+        def count(module, inputs):
+            self.backbone += type(module).__name__ == "LlamaModel"
+
+        self.backbone, self.splits[:] = 0, []
+        self.handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def adapter_and_metrics(folder):
+    """What a value model is: its weights' bytes, and its metrics without times."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    times = ("seconds", "start_seconds", "tokens_per_second")
+    return (folder / "adapter_model.safetensors").read_bytes(), {k: v for k, v in metrics.items() if k not in times}
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_ridge_starts_of_several_objectives_take_the_passes_of_one_and_are_those_of_each_alone(
+    world, two_objectives, tmp_path, monkeypatch, pooling
+):
+    """To the last bit, and also where the command is killed between the two."""
+    config = yaml.safe_load((world / "config.yaml").read_text())
+    config["value_model"]["pooling"] = pooling
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    two_objectives += ["--config", str(tmp_path / "config.yaml"), *RIDGE]
+    alone, needed = {}, set()
+    for objective in ("help", "harm"):
+        with Passes(monkeypatch) as passes:
+            out = ["--output_dir", str(tmp_path / objective)]
+            assert train_value_model.main(command(world, *two_objectives, *out, objective=objective)) == 0
+        assert passes.splits == ["train", "val"]
+        needed.add(passes.backbone)
+        alone[objective] = adapter_and_metrics(tmp_path / objective)
+    assert alone["help"][0] != alone["harm"][0] and needed == {2}  # training and validation trees, a pass each
+
+    def made():
+        return {n: adapter_and_metrics(tmp_path / "value_models" / "iter_0" / n) for n in ("help", "harm")}
+
+    with Passes(monkeypatch) as passes:
+        assert train_value_model.main(command(world, *two_objectives, objective="all")) == 0
+    assert made() == alone and passes.splits == ["train", "val"] and {passes.backbone} == needed
+
+    for objective in alone:
+        shutil.rmtree(tmp_path / "value_models" / "iter_0" / objective)
+    save, killed_at = training_output.save_adapter, ["harm.partial"]
+
+    def killed(model, folder):
+        if folder.name in killed_at:
+            raise KeyboardInterrupt
+        save(model, folder)
+
+    monkeypatch.setattr(training_output, "save_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_value_model.main(command(world, *two_objectives, objective="all"))
+    assert {p.name for p in (tmp_path / "value_models" / "iter_0").iterdir()} == {"help", "harm.partial"}
+    killed_at.clear()
+    assert train_value_model.main(command(world, *two_objectives, objective="all")) == 0
+    assert made() == alone
+
+
 def test_a_killed_script_leaves_no_folder_and_the_same_command_completes_it(world, tmp_path, monkeypatch):
     expected, out = tmp_path / "whole", tmp_path / "killed"
     train_value_model.main(command(world, "--output_dir", str(expected), "--packing", "node"))
-    calls, real = [], vt.add_gradients
+    calls, real = [], add_gradients
 
     def killed(*args, **kwargs):
         calls.append(0)
@@ -597,13 +709,24 @@ def test_a_killed_script_leaves_no_folder_and_the_same_command_completes_it(worl
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(vt, "add_gradients", killed)
+    monkeypatch.setattr("utils.value_training.add_gradients", killed)
     with pytest.raises(KeyboardInterrupt):
         train_value_model.main(command(world, "--output_dir", str(out), "--packing", "node"))
     assert not out.exists()
     assert train_value_model.main(command(world, "--output_dir", str(out), "--packing", "node")) == 0
     assert len(calls) < 2 * 10  # ten steps: some were not done again
     assert (out / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_is_written_over_a_torn_one(tmp_path):
+    model = lora(value_model("llama_full"))
+    for folder in (tmp_path / "whole", tmp_path / "torn"):
+        training_output.save_adapter(model, folder)
+    for path in (tmp_path / "torn").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    training_output.save_adapter(model, tmp_path / "torn")
+    whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "torn"))
+    assert whole == again and len(whole) == 3
 
 
 def test_continuing_goes_to_the_next_iteration_and_starts_from_the_given_model(world, value_model_of_help, capsys):
@@ -618,6 +741,22 @@ def test_continuing_goes_to_the_next_iteration_and_starts_from_the_given_model(w
     assert metrics["num_nodes"] == 15 * 9 and metrics["warmup_steps"] == 0  # the objective's deepest_fraction_continued
     with pytest.raises(UsageError, match=r"is not .*iter_<N>/harm, so --output_dir is needed"):
         train_value_model.main(command(world, "--init_checkpoint", str(folder), objective="harm"))
+
+
+@pytest.mark.parametrize("start", [(), RIDGE], ids=["trained", "ridge"])
+def test_validation_trees_without_inner_nodes_are_refused_and_nothing_is_left(world, tmp_path, start):
+    data, out = tmp_path / "trees", tmp_path / "out" / "help"
+    for index in range(4):
+        write_tree(data, make_tree(index, children=(3,)))
+    consolidate(data)
+    for split in ("train", "val"):
+        (data / split).mkdir()
+    for index in range(4):
+        (data / f"prompt{index}_tree.json").rename(data / ("val", "train")[index % 2] / f"prompt{index}_tree.json")
+    arguments = command(world, *start, "--data_dir", str(data), "--output_dir", str(out))
+    with pytest.raises(DataError, match="no nodes to use in the validation trees in .*; inner nodes are needed"):
+        train_value_model.main(arguments)
+    assert not list(out.parent.iterdir())
 
 
 def test_user_mistakes_are_one_line_that_says_what_to_do(world, tmp_path):
@@ -675,8 +814,8 @@ def test_two_processes_learn_what_one_learns(tmp_path, packing):
     def fit(folder, accelerator=None):
         model = lora(value_model("llama_grouped_tied"))
         spec = dataclasses.replace(SPEC, packing=packing, num_epochs=1)
-        trees, val = examples(9), examples(3, vt.validation_nodes, start=100)
-        metrics = vt.train(model, trees, val, spec, folder, accelerator=accelerator)
+        trees, val = examples(9), examples(3, validation_nodes, start=100)
+        metrics = train(model, trees, val, spec, folder, accelerator=accelerator)
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), metrics
 
     (tmp_path / "one").mkdir()
@@ -697,10 +836,10 @@ def test_two_processes_share_the_ridge_of_one(pooling):
 
     def start(accelerator=None):
         model = lora(value_model("llama_grouped_tied", pooling=pooling))
-        backbone = vt.without_adapter(model).model
+        backbone = without_adapter(model).model
         backbone.register_forward_pre_hook(lambda *a, **kw: read.append(accelerator and accelerator.process_index))
-        ridge = vt.start_at_ridge(model, data, max_tokens=60, accelerator=accelerator)
-        return ridge, vt._head_weight(model).clone()
+        ridge = started_at_ridge(model, data, max_tokens=60, accelerator=accelerator)
+        return ridge, head_weight(model).clone()
 
     expected_ridge, expected = start()
     barrier, board = threading.Barrier(2), [None, None]

@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
 from utils.config import ArmSpec
 from utils.decoding import decode
 from utils.files import write_atomically, write_csv
+from utils.optimization import add_up, linear_schedule, seed_of
 from utils.policies import ReferencePolicy
-from utils.ppo import Checkpoint, Texts, gathered, lay_out
+from utils.ppo import Texts, gathered, lay_out
 from utils.tilting import widened
-from utils.value_training import add_up, linear_schedule, seed_of
 
 LOG_FILE, PAIRS_FILE = "training_log.csv", "pairs.json"
 HELD_OUT = 0.1  # share of the pairs, by prompt, on which the accuracy is measured

@@ -81,13 +81,15 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 natively (a CPU without the instructions is slower in it, not faster)."""
+    """Whether a device has instructions for bfloat16 products; elsewhere they are emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     except AttributeError:  # private names, absent in other releases
-        return False
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _load(loader, path: str, what: str, made_by: str = "", **kwargs):

@@ -15,7 +15,7 @@ from utils.config import Config, DatasetSpec, PPOSpec
 from utils.data import encode_prompts
 from utils.rewards import RewardSet
 from utils.tracking import Tracker
-from utils.value_training import discarded_unless_begun
+from utils.training_output import discarded_unless_begun
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ batch do what one would do.
 from __future__ import annotations
 
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,16 +42,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from utils import tilting
+from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
 from utils.config import PPOSpec
 from utils.decoding import decode
 from utils.files import write_atomically, write_csv, write_json
+from utils.optimization import add_up
 from utils.policies import ReferencePolicy
-from utils.value_training import STATE, add_up
+from utils.training_output import METRICS, save_adapter
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"
 CONTROLLER_CLIP = 0.2  # of the relative error of the KL
@@ -340,45 +341,6 @@ def add_gradients(
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-class Checkpoint:
-    """What a killed training goes on from: trained parameters and Adam's state in safetensors, the rest in JSON.
-
-    `state.json` is written last and names its tensors' file, so that a kill between the two leaves the one before.
-    """
-
-    def __init__(self, folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer):
-        self.folder, self.parameters, self.optimizer = Path(folder), dict(parameters), optimizer
-
-    def save(self, state: dict) -> None:
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[name] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{name}//{key}"] = value
-        state = {**state, "state_file": f"state-{state['step']}.safetensors"}
-        data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        write_atomically(self.folder / state["state_file"], data)
-        write_json(self.folder / STATE, state)
-        for path in self.folder.glob("state-*.safetensors"):
-            if path.name != state["state_file"]:
-                path.unlink()
-
-    def load(self) -> dict | None:
-        """Restore parameters and optimizer; None where there is no checkpoint."""
-        if not (self.folder / STATE).is_file():
-            return None
-        state = json.loads((self.folder / STATE).read_text())
-        tensors = load_file(self.folder / state["state_file"])
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[name])
-            self.optimizer.state[parameter] = {
-                key.rsplit("//", 1)[1]: value if key.endswith("//step") else value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(f"{name}//")
-            }
-        return state
-
-
 def plan_steps(num_prompts: int, spec: PPOSpec) -> int:
     """Number of steps: `num_epochs` passes over the prompts, at most `max_steps`, at least one."""
     steps = max(1, spec.num_epochs * num_prompts // spec.batch_size)
@@ -560,6 +522,6 @@ def plot_log(rows: Sequence[Mapping]) -> bytes:
 
 def save_policy(policy: PolicyWithValue, folder: Path, record: dict) -> None:
     """The ordinary PEFT adapter, the value head beside it, then metrics.json, which says that it is whole."""
-    policy.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    save_adapter(policy.model, Path(folder))
     write_atomically(Path(folder) / HEAD_FILE, save({n: p.detach().cpu() for n, p in policy.head.named_parameters()}))
-    write_json(Path(folder) / "metrics.json", record)
+    write_json(Path(folder) / METRICS, record)

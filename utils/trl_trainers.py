@@ -18,8 +18,9 @@ from utils import models, ppo
 from utils.cli import DataError, UsageError
 from utils.config import PPOSpec
 from utils.files import write_json
+from utils.models import has_bfloat16
 from utils.places import last_checkpoint
-from utils.value_training import STATE, bf16_is_fast
+from utils.training_output import METRICS, MODEL_CARD, STATE, save_adapter
 
 
 def answers_per_pass(spec: PPOSpec, world: int) -> int:
@@ -92,7 +93,7 @@ def train_with_trl(
         temperature=task.config.decoding.temperature,
         top_k=spec.top_k,
         generation_kwargs={"min_new_tokens": 1},  # the end token cannot be the first
-        bf16=not on_cpu and bf16_is_fast(device),
+        bf16=not on_cpu and has_bfloat16(device),
         activation_checkpointing=checkpointing,
         seed=spec.seed,
         save_strategy="steps",
@@ -130,11 +131,10 @@ def train_with_trl(
     if any(not math.isfinite(v) for row in rows for v in row.values()):
         raise DataError("training diverged (the loss is no finite number); try a lower --lr, and --rerun")
     if state.is_main_process:
-        adapter = trainer.accelerator.unwrap_model(trainer.model)
-        adapter.save_pretrained(str(task.folder), save_embedding_layers=False)
-        (task.folder / "README.md").unlink(missing_ok=True)  # the library's page about itself
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), task.folder)
+        (task.folder / MODEL_CARD).unlink(missing_ok=True)  # the library's page about itself
         ppo.write_log(task.folder, rows)
-        write_json(task.folder / "metrics.json", record(rows))
+        write_json(task.folder / METRICS, record(rows))
         shutil.rmtree(checkpoints, ignore_errors=True)
     return rows
 

@@ -103,8 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from accelerate import Accelerator
 
-    from utils import arm, models, runs
-    from utils import value_training as vt
+    from utils import arm, models, runs, training_output
     from utils.files import write_json
     from utils.tracking import Tracker
 
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     record = runs.provenance(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
-        partial = vt.open_output(
+        partial = training_output.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process,
             what="autoregressive reward model",
         )  # fmt: skip
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
     accelerator.print(f"autoregressive reward model of {objective.name}: {partial} until it is complete, then {folder}")
-    with vt.discarded_unless_begun(partial, main_process=accelerator.is_main_process):
+    with training_output.discarded_unless_begun(partial, main_process=accelerator.is_main_process):
         model, tokenizer = models.new_policy(config, dataset, spec.lora, device, seed=spec.seed)
         if args.pairs == "preference":
             pairs = arm.human_pairs(config, dataset, objective, tokenizer, models.context_length(model))
@@ -146,11 +145,11 @@ def main(argv: list[str] | None = None) -> int:
         tracker.summary(metrics["held_out"])
     if accelerator.is_main_process:
         (partial / arm.PAIRS_FILE).unlink(missing_ok=True)
-        model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+        training_output.save_adapter(model, partial)
         known = {"kind": "arm", "dataset": dataset.name, "objective": objective.name, "label": config.label}
         known |= {"base_model": base, "base_content": settings["base_content"]}
         write_json(partial / rivals.RECORD, known | metrics)
-        vt.publish(partial, folder)
+        training_output.publish(partial, folder)
     accelerator.wait_for_everyone()
     held = metrics["held_out"]
     accelerator.print(

@@ -176,8 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from accelerate import Accelerator
 
-    from utils import runs
-    from utils import value_training as vt
+    from utils import runs, training_output
     from utils.models import pick_device
 
     pick = pick_device if args.algorithm == "ppo" else pick_one_gpu
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     record = runs.provenance(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
-        partial = vt.open_output(
+        partial = training_output.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process, what="trained policy"
         )
     if partial is None:
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         tracker.images({"training": partial / PLOT_FILE})
     if accelerator.is_main_process:
-        vt.publish(partial, folder)
+        training_output.publish(partial, folder)
     accelerator.wait_for_everyone()
     first, last = rows[0], rows[-1]
     accelerator.print(

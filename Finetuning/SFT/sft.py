@@ -234,10 +234,10 @@ def trainer_arguments(args: Namespace, spec: SFTSpec, checkpoints: Path, device)
     """TRL's arguments for these hyperparameters."""
     from trl import SFTConfig
 
-    from utils.value_training import bf16_is_fast
+    from utils.models import has_bfloat16
 
     on_cpu = device.type == "cpu"
-    bf16 = spec.bf16 and bf16_is_fast(device)
+    bf16 = spec.bf16 and has_bfloat16(device)
     if spec.bf16 and not bf16:
         print(f"bfloat16 has no instructions of its own on {device}: training in float32")
     checkpointing = args.gradient_checkpointing if args.gradient_checkpointing is not None else not on_cpu
