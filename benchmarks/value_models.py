@@ -166,7 +166,7 @@ def curve(states, x, objective: str, validation, numbers: list[int], **what) -> 
     for number in sorted(n for n in numbers if n <= group[~validation].max() + 1):
         for tree in range(read, number):
             mine = torch.from_numpy(group == tree)
-            add_moments(gram, cross, tree % 5, x[mine], target[None, mine])
+            add_moments(gram, cross, tree % 5, x[mine], target[None, mine], x.new_ones(int(mine.sum())))
         read = number
         ridge, weight = choose_ridge(gram, cross[0])
         predicted = (x @ weight).numpy()

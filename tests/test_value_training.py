@@ -350,25 +350,30 @@ def started_at_ridge(model, data, **how) -> float:
     return ridge.penalty
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
+def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling, dense):
     """From one plain call per path; a second fit from another head is drawn towards that head."""
     model, data = lora(value_model("llama_full", pooling=pooling)), examples(12)
     head = model.get_base_model().score.weight
-    rows, targets, groups = [], [], []
+    rows, targets, groups, weights = [], [], [], []
     for group, x in enumerate(data):
         for node in x.nodes:
             path = torch.tensor(x.tree.path_tokens(node)[None].astype(np.int64))
             state = model(input_ids=path, output_hidden_states=True).hidden_states[-1][0].detach()
-            start = len(x.tree.tokens[0])
-            rows.append((state[-1] if pooling == "last" else state[start:].mean(0)).numpy())
-            targets.append(x.targets[node])
-            groups.append(group)
-    x, targets, groups = np.array(rows), np.array(targets), np.array(groups)
+            start, length = len(x.tree.tokens[0]), len(x.tree.tokens[node]) if dense else 1
+            for end in range(len(state) - length + 1, len(state) + 1):
+                rows.append((state[end - 1] if pooling == "last" else state[start:end].mean(0)).numpy())
+                targets.append(x.targets[node])
+                groups.append(group)
+                weights.append(1 / length)
+    x, targets, groups, weights = map(np.array, (rows, targets, groups, weights))
 
     def within_and_mean(a):
-        means = np.array([a[groups == g].mean(0) for g in groups])
-        return a - means, means
+        """Each row's difference from its group's mean, and that mean, times the root of the row's weight."""
+        root = np.sqrt(weights).reshape(-1, *[1] * (a.ndim - 1))
+        means = np.array([np.average(a[groups == g], axis=0, weights=weights[groups == g]) for g in groups])
+        return root * (a - means), root * means
 
     def fit(kept, ridge, y):
         (xw, xm), (yw, ym) = within_and_mean(x), within_and_mean(y)
@@ -388,7 +393,7 @@ def test_the_ridge_start_is_the_regression_that_explicit_rows_give(pooling):
                 within_and_mean(y - x @ fit(groups % 5 != fold, ridge, y))[0][groups % 5 == fold] for fold in range(5)
             ]
             errors.append(sum(np.square(e).sum() for e in left))
-        chosen = started_at_ridge(model, data)
+        chosen = started_at_ridge(model, data, dense=dense)
         assert chosen == RIDGES[int(np.argmin(errors))]
         expected = start + fit(groups >= 0, chosen, y)
         assert np.allclose(head.detach().numpy()[0], expected, atol=1e-6 * abs(expected).max())

@@ -161,8 +161,8 @@ class CommonStart:
         """
         began = time.perf_counter()
         names = [n for n, output in self.outputs.items() if n == objective or self.rerun or not is_complete(output)]
-        ridges = fit_ridges(model, [self.examples(n)[0] for n in names], bf16=self.spec.bf16, device=self.device,
-                            accelerator=self.accelerator)  # fmt: skip
+        ridges = fit_ridges(model, [self.examples(n)[0] for n in names], dense=self.spec.targets == "dense",
+                            bf16=self.spec.bf16, device=self.device, accelerator=self.accelerator)  # fmt: skip
         seconds = (time.perf_counter() - began) / len(names)
         self._ridges |= {n: (ridge, seconds) for n, ridge in zip(names, ridges, strict=True)}
 

@@ -59,6 +59,7 @@ def fit_ridges(
     model,
     objectives: Sequence[Sequence[Example]],
     *,
+    dense: bool = False,
     bf16: bool = False,
     device=None,
     folds: int = 5,
@@ -75,6 +76,7 @@ def fit_ridges(
     Args:
         objectives: the examples of each objective: the same nodes of the same trees, with targets of its own. What is
             found for one does not depend, to the last bit, on which others there are.
+        dense: regress on the states at every token of a node's segment, each with an equal part of the node's weight.
         accelerator: an `accelerate.Accelerator` where several processes share the passes; their moments are summed in
             float64, so that all get what one process would, to rounding, and the same bits.
 
@@ -92,17 +94,18 @@ def fit_ridges(
     model.eval()
     gram = torch.zeros(2, folds, size, size, dtype=torch.float64, device=device)
     cross = torch.zeros(len(objectives), 2, folds, size, dtype=torch.float64, device=device)
-    layouts = [lay_out(x, x.nodes) for x in examples]
+    layouts = [lay_out(x, x.nodes, dense) for x in examples]
     bar = progress(total=len(layouts), desc="ridge", unit="tree")
     for group in passes(layouts, max_tokens)[rank::world]:
         batch = collate([layouts[i] for i in group], device)
         with torch.autocast(torch.device(device or "cpu").type, torch.bfloat16, enabled=bf16):
             states = node_states(model, batch).double()
         for row, i in enumerate(group):
-            x = states[batch.rows == row]  # (n, H)
-            targets = np.stack([one[i].targets[one[i].nodes] for one in objectives]).astype(np.float32)  # (K, n)
+            own = batch.rows == row
+            x = states[own]  # (n, H)
+            targets = np.stack([one[i].targets[layouts[i].nodes] for one in objectives]).astype(np.float32)  # (K, n)
             y = torch.from_numpy(targets).to(x.device).double() - x @ weight[0].double()
-            add_moments(gram, cross, i % folds, x, y)
+            add_moments(gram, cross, i % folds, x, y, batch.weights[own].double())
         bar.update(len(group))
     bar.close()
     model.train(training)
@@ -138,22 +141,26 @@ def choose_ridge(gram: torch.Tensor, cross: torch.Tensor) -> tuple[float, torch.
     return best, solve(used, best)
 
 
-def add_moments(gram: torch.Tensor, cross: torch.Tensor, fold: int, x: torch.Tensor, y: torch.Tensor) -> None:
+def add_moments(
+    gram: torch.Tensor, cross: torch.Tensor, fold: int, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
+) -> None:
     """Add one prompt's states and targets to the moments that `choose_ridge` reads.
 
     Args:
         gram: (2, folds, H, H) float64, the states' own moments; [1] within a prompt.
         cross: (K, 2, folds, H), those of states and targets, for each of K objectives.
-        x: (n, H) states.
+        x: (n, H) states; weights: (n,) what each counts.
         y: (K, n) targets. Each objective's products are taken on their own: its bits then do not depend on K.
     """
-    mean, count = x.mean(0), len(x)
+    count = weights.sum()
+    mean = weights @ x / count
     x = x - mean
-    within = x.T @ x
+    weighted = weights[:, None] * x
+    within = x.T @ weighted
     gram[1, fold] += within
     gram[0, fold] += within + BETWEEN * count * torch.outer(mean, mean)
     for moments, targets in zip(cross, y, strict=True):
-        level = targets.mean()
-        within = (targets - level) @ x
+        level = (weights * targets).sum() / count  # a new tensor: how a row of `y` is aligned would change its bits
+        within = (targets - level) @ weighted
         moments[1, fold] += within
         moments[0, fold] += within + BETWEEN * count * level * mean

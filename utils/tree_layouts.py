@@ -38,6 +38,7 @@ class Layout:
     places: np.ndarray  # (m,) the positions that are trained on: each node's last token, or all of its tokens
     targets: np.ndarray  # (m,) float32
     weights: np.ndarray  # (m,) float32, 1 for each node in all
+    nodes: np.ndarray  # (m,) int64, the node of the tree that is trained there
     response: int  # where the prompt ends
 
     @property
@@ -67,6 +68,7 @@ def lay_out(example: Example, nodes: Sequence[int], dense: bool = False) -> Layo
     paths = example.path_lengths
     nodes = np.asarray(nodes, np.int64)
     sizes = np.array([len(tokens[n]) if dense else 1 for n in nodes], np.int64)
+    owners = np.repeat(nodes, sizes)
     places = np.concatenate(
         [np.arange(stop[int(n)] - size, stop[int(n)]) for n, size in zip(nodes, sizes, strict=True)]
     )
@@ -75,8 +77,9 @@ def lay_out(example: Example, nodes: Sequence[int], dense: bool = False) -> Layo
         positions=np.concatenate([np.arange(paths[n] - len(tokens[n]), paths[n]) for n in order]),
         ends=np.concatenate([np.full(len(tokens[n]), end[n]) for n in order]),
         places=places,
-        targets=np.repeat(example.targets[nodes], sizes).astype(np.float32),
+        targets=example.targets[owners].astype(np.float32),
         weights=np.repeat(1 / sizes, sizes).astype(np.float32),
+        nodes=owners,
         response=len(tokens[0]),
     )
 
