@@ -35,6 +35,7 @@ from utils.config import TrainingSpec
 from utils.files import hold, put_in_place, write_atomically, write_csv, write_json
 from utils.places import ADAPTER, record_checksum
 from utils.policies import pools_mean, without_adapter
+from utils.prefix_tree import tree_mask
 from utils.trees import Tree, expected_log_ratio
 
 EVALUATIONS_PER_EPOCH = 10
@@ -352,10 +353,7 @@ def collate(layouts: Sequence[Layout], device=None) -> Batch:
         real = [np.arange(length) < len(x.tokens) for x in layouts]
         inputs["attention_mask"] = put(np.stack(real).astype(np.int64))
     else:
-        i = torch.arange(length, device=device)
-        visible = (i[None, :] <= i[:, None]) & (i[:, None] < put(ends)[:, None, :])  # (B, L, L) query, key
-        mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min)
-        inputs |= {"attention_mask": mask[:, None], "position_ids": put(positions)}  # (B, 1, L, L), (B, L)
+        inputs |= {"attention_mask": tree_mask(put(ends)), "position_ids": put(positions)}  # (B, 1, L, L), (B, L)
     return Batch(
         inputs,
         rows=put(np.repeat(np.arange(size), [len(x.places) for x in layouts])),
