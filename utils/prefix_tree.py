@@ -13,10 +13,9 @@ import numpy as np
 
 from utils.batching import length_batches
 
-ROW_TOKENS = 1024  # of a row that sequences share: a row's mask, and its attention, grow with the square
-# Reading a token costs about as much as attention between so many pairs of tokens. The arithmetic says 6 times the
-# hidden size; attention runs at a third of the rate of matrix products, and small models decide (CPU, SmolLM2-135M).
-PAIRS_PER_TOKEN = 2048
+ROW_TOKENS = 768  # of a row that sequences share: its mask, and its attention, grow with the square
+SHARE = 1 / 3  # of a sequence that its row must have already: less would not pay for the attention of a longer row
+FULLNESS = 0.75  # of a batch's rows: their lengths differ more than those of texts
 # Decoders whose attention is told by the mask and whose order by `position_ids`, and nothing else by where a token
 # stands in its row; a classifier reads `score` at its text's last token. Not here: relative biases (Bloom, T5), places
 # that are counted from the mask (OPT), encoders, and what nobody has tried (tests/test_prefix_tree.py tries these).
@@ -38,9 +37,8 @@ class PackedRow:
 def pack(sequences: Sequence[list[int]], limit: int = ROW_TOKENS) -> list[PackedRow]:
     """Rows of at most `limit` tokens that hold every sequence once; a longer sequence has a row of its own.
 
-    A sequence joins the row of the one before it in lexicographic order, with which it shares most, where the tokens
-    that are not read again cost more than the pairs that its other tokens add to the row's attention: what shares
-    little stays alone. With a limit of 0 all do.
+    A sequence joins the row of the one before it in lexicographic order, with which it shares most, where a third of
+    its tokens are there already: what shares little stays alone. With a limit of 0 all do.
 
     Raises:
         ValueError: a sequence without tokens.
@@ -53,7 +51,7 @@ def pack(sequences: Sequence[list[int]], limit: int = ROW_TOKENS) -> list[Packed
         if rows:
             shared, size = rows[-1].shared_with(ids), rows[-1].size
             new = len(ids) - shared
-        if not rows or size + new > limit or shared * PAIRS_PER_TOKEN < 2 * size * new:
+        if not rows or size + new > limit or shared < SHARE * len(ids):
             rows.append(_Growing())
             shared = 0
         rows[-1].add(i, ids, shared)
@@ -140,7 +138,7 @@ def read_rows(
     parameter = next(backbone.parameters())
     rows = pack(sequences, min(row_tokens, token_budget))
     lengths = [len(row.tokens) for row in rows]
-    for batch in length_batches(lengths, batch_size, token_budget):
+    for batch in length_batches(lengths, batch_size, token_budget, FULLNESS):
         chosen = [rows[r] for r in batch]
         size = (len(batch), lengths[batch[0]])  # (B, L); the longest comes first
         ids, position = np.full(size, pad_id), np.zeros(size, np.int64)
