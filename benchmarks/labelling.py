@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
+    from benchmarks.decode import processor
     from utils.hdf5_utils import read_tree, tree_indices
     from utils.labelling import leaf_texts
     from utils.models import load_tokenizer, pick_device
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python benchmarks/labelling.py " + " ".join(argv if argv is not None else sys.argv[1:]),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        else f"{processor()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "versions": {
             "python": platform.python_version(),

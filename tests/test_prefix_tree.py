@@ -1,5 +1,6 @@
 """What texts have in common is read once, and every text gets what it gets when it is read alone."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +292,20 @@ def test_padding_changes_nothing(trunk):
     assert sizes == [(2, max(len(prefixes(texts)), len(prefixes(others))))] * 2
     assert len(prefixes(texts)) != len(prefixes(others))
     np.testing.assert_array_equal(*features)
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_benchmark_measures_both_ways_on_real_trees(rival_world, tmp_path):
+    import get_data_base
+    from benchmarks import labelling
+
+    collect = ["0", "6", "--dataset", "anthropic", "--output_dir", str(tmp_path / "trees"), *rival_world.common]
+    assert get_data_base.main(collect) == 0
+    options = ["--data_dir", str(tmp_path / "trees"), "--layers", "1", "--rounds", "1", *rival_world.common]
+    assert labelling.main([*options, "--output", str(tmp_path / "labelling.json")]) == 0
+    leaves, firsts = json.loads((tmp_path / "labelling.json").read_text())["rows"]
+    assert (leaves["reward"], leaves["texts"]) == ("classifier", "leaves")
+    assert leaves["tokens_shared"] < leaves["tokens_alone"] and leaves["seconds_ratio"] > 0
+    assert firsts["tokens_shared"] < leaves["tokens_shared"] and firsts["number"] <= 6
