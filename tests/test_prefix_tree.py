@@ -277,6 +277,17 @@ def test_a_trees_tokens_are_read_once(trunk, read):
     assert sizes == [(1, nodes)]
 
 
+def test_answers_to_a_long_conversation_share_it(trunk):
+    """A conversation may be longer than the rows of short texts; a batch keeps to its budget all the same."""
+    conversation = np.random.default_rng(5).integers(2, VOCABULARY, 40).tolist()
+    encoded = [(conversation + [2 + i] * 10, 40) for i in range(6)]
+    sizes = count_tokens(trunk)
+    pooled_features(trunk, encoded, 1, row_tokens=30)
+    assert sizes == [(1, 100)]
+    pooled_features(trunk, encoded, 1, row_tokens=30, token_budget=70)
+    assert sizes[1:] == [(1, 70)] * 2
+
+
 def test_responses_without_tokens_are_not_read(trunk):
     sizes = count_tokens(trunk)
     assert not pooled_features(trunk, [([2, 3, 4], 3), ([], 0)], 1).any() and not sizes

@@ -15,7 +15,7 @@ from utils.batching import length_batches
 
 ROW_TOKENS = 768  # of a row that sequences share: its mask, and its attention, grow with the square
 SHARE = 1 / 3  # of a sequence that its row must have already: less would not pay for the attention of a longer row
-FULLNESS = 0.75  # of a batch's rows: their lengths differ more than those of texts
+FULLNESS = 0.75  # a batch's shortest row by its longest: rows differ more in length than texts do
 # Decoders whose attention is told by the mask and whose order by `position_ids`, and nothing else by where a token
 # stands in its row; a classifier reads `score` at its text's last token. Not here: relative biases (Bloom, T5), places
 # that are counted from the mask (OPT), encoders, and what nobody has tried (tests/test_prefix_tree.py tries these).
@@ -131,12 +131,13 @@ def read_rows(
     Args:
         backbone: headless causal model that takes an additive 4-D mask and positions.
         batch_size: most rows in a forward pass; token_budget: most tokens, padding included.
-        row_tokens: most tokens of a row that sequences share; 0 reads each one alone.
+        row_tokens: most tokens of a row that sequences share, or twice the longest's; 0 reads each one alone.
     """
     import torch
 
     parameter = next(backbone.parameters())
-    rows = pack(sequences, min(row_tokens, token_budget))
+    longest = max(map(len, sequences), default=0)
+    rows = pack(sequences, min(max(row_tokens, 2 * longest), token_budget) if row_tokens else 0)
     lengths = [len(row.tokens) for row in rows]
     for batch in length_batches(lengths, batch_size, token_budget, FULLNESS):
         chosen = [rows[r] for r in batch]
@@ -148,7 +149,5 @@ def read_rows(
             ids[b, at], position[b, at], ends[b, at] = row.tokens, row.positions, row.ends
         ids, position, ends = (torch.as_tensor(a, device=parameter.device) for a in (ids, position, ends))
         mask = tree_mask(ends, parameter.dtype)
-        yield (
-            chosen,
-            backbone(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state,
-        )
+        output = backbone(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
+        yield chosen, output.last_hidden_state

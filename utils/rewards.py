@@ -34,8 +34,8 @@ class RewardSet:
     Args:
         objectives: names; no other objective is loaded.
         batch_size: most rows of texts in a forward pass (which also keeps to `token_budget` tokens).
-        row_tokens: most tokens of a row in which texts that begin alike are read, by decoders that can
-            (`prefix_tree.classifies_rows`) and pooled heads; 0: each text has a row of its own.
+        row_tokens: most tokens of a row in which texts that begin alike are read (`prefix_tree.read_rows`), by decoders
+            that can (`prefix_tree.classifies_rows`) and pooled heads; 0: each text has a row of its own.
         autocast: run the models in bfloat16. By default only on a CPU whose configuration says `cpu_dtype: bfloat16`;
             elsewhere rewards, which are what is reported, are float32 whatever the policy's precision.
     """
