@@ -30,7 +30,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", default="anthropic", help="whose trees, objectives and templates")
     parser.add_argument("--data_dir", type=Path, help="trees (default: the workspace's of iteration 0)")
-    parser.add_argument("--prompts", type=int, default=32, help="trees, from the first on; scored together")
+    parser.add_argument("--prompts", type=int, default=24, help="trees, from the first on; scored together")
     parser.add_argument("--layers", type=int, default=12, help="the classifier's, the first of the base model")
     parser.add_argument("--batch_size", type=int, default=32, help="most rows in a forward pass")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each way, after one that does not count")
