@@ -43,6 +43,7 @@ from utils.costs import (
     shape_of,
     training_flops,
 )
+from utils.prefix_tree import pack
 from utils.trees import Tree
 
 GPT2_LARGE = Shape(36, 1280, 20, 20, 64, 5120, 2, 50257)
@@ -119,6 +120,7 @@ class Counts:
         prompt: read once. generated: of all segments. contexts: (generated,) tokens before each one.
         leaves: (n,) tokens of each leaf's text, prompt included; nodes: (N - 1,) those of each node's path;
         deepest: (N - 1,) whether the node is in the tree's deepest layer.
+        rows: (r,) tokens of the rows in which a decoder reads the leaves, what they share once (`prefix_tree`).
     """
 
     prompt: int
@@ -126,6 +128,7 @@ class Counts:
     leaves: np.ndarray
     nodes: np.ndarray
     deepest: np.ndarray
+    rows: np.ndarray
 
     @property
     def generated(self) -> int:
@@ -140,7 +143,11 @@ def counts_of(tree: Tree) -> Counts:
         paths[node] += paths[tree.parent[node]]
     contexts = [np.arange(paths[n] - own[n], paths[n]) for n in range(1, len(tree))]
     depth = tree.depth
-    return Counts(int(own[0]), np.concatenate(contexts), paths[tree.leaves], paths[1:], depth[1:] == depth.max())
+    # Every token another one: no two siblings begin alike, and a drawn tree's tokens are all 0.
+    numbered = replace(tree, tokens=np.split(np.arange(own.sum()), own.cumsum()[:-1]))
+    rows = pack([numbered.path_tokens(leaf).tolist() for leaf in tree.leaves])
+    return Counts(int(own[0]), np.concatenate(contexts), paths[tree.leaves], paths[1:], depth[1:] == depth.max(),
+                  np.array([len(row.tokens) for row in rows]))  # fmt: skip
 
 
 def mean_counts(shape, prompt_tokens: int, ending: float, number: int = TREES, seed: int = 0) -> list[Counts]:
@@ -252,12 +259,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Models:
-    """Shapes of a data set's models; `rewards` are passes over a text: (shape, layers)."""
+    """Shapes of a data set's models; `rewards` are passes over a text: (shape, layers, whether the leaves of a tree
+    share what they have in common: the reward is a decoder whose text ends with the response)."""
 
     reference: Shape
     value: Shape
     value_layers: int | None
-    rewards: tuple[tuple[Shape, int | None], ...]
+    rewards: tuple[tuple[Shape, int | None, bool], ...]
 
 
 def collection(dataset: DatasetSpec, models: Models, batch_size: int, scale: Scale, counts: Sequence[Counts]) -> Work:
@@ -274,10 +282,16 @@ def collection(dataset: DatasetSpec, models: Models, batch_size: int, scale: Sca
 
 
 def labelling(dataset: DatasetSpec, models: Models, scale: Scale, counts: Sequence[Counts]) -> Work:
-    """Every leaf's text, once for each reward model, in float32 (--bf16 is faster)."""
+    """The leaves' texts, once for each reward model, in float32 (--bf16 is faster). Where they share what they have in
+    common, the mask of a row is dense: its attention is between all pairs."""
     work = Work()
-    for shape, layers in models.rewards:
-        work += texts_read(shape, np.concatenate([c.leaves for c in counts]), num_layers=layers)
+    for shape, layers, shared in models.rewards:
+        if shared:
+            work += texts_read(
+                replace(shape, causal=False), np.concatenate([c.rows for c in counts]), num_layers=layers
+            )
+        else:
+            work += texts_read(shape, np.concatenate([c.leaves for c in counts]), num_layers=layers)
     return work.in_float32().times(scale.factor * dataset.trees.num_prompts / len(counts))
 
 
@@ -342,7 +356,7 @@ def evaluation(
     lengths = [round(scale.answer_tokens)] * number
     work = answers(models, config.decoding.batch_size, scale.prompt_tokens, lengths, value_models=value_models,
                    top_k=config.decoding.top_k, occupancy=scale.occupancy)  # fmt: skip
-    for shape, layers in models.rewards:
+    for shape, layers, _ in models.rewards:  # what a prompt's trials share is left out
         work += texts_read(shape, [scale.prompt_tokens + n for n in lengths], num_layers=layers).in_float32()
     return (work + Work(disk=2000.0 * number)).times(points)
 
@@ -364,11 +378,16 @@ def shape_at(config: Config, path: str) -> Shape:
 
 
 def models_of(config: Config, dataset: DatasetSpec) -> Models:
-    rewards = tuple(
-        (shape_at(config, o.path), None) for o in map(config.objective, dataset.objectives) if o.kind == "classifier"
-    )
+    rewards = []
+    for spec in map(config.objective, dataset.objectives):
+        if spec.kind == "classifier":
+            shape = shape_at(config, spec.path)
+            shared = shape.causal and not shape.encoder_layers and spec.text.endswith("{response}")
+            rewards.append((shape, None, shared))
     value = config.value_model
-    return Models(shape_at(config, config.base_model.path), shape_at(config, value.path), value.num_layers, rewards)
+    return Models(
+        shape_at(config, config.base_model.path), shape_at(config, value.path), value.num_layers, tuple(rewards)
+    )
 
 
 def stages(config: Config, dataset: DatasetSpec, scale: Scale) -> dict[str, Work]:
@@ -399,7 +418,7 @@ def stages(config: Config, dataset: DatasetSpec, scale: Scale) -> dict[str, Work
 
 def smollm() -> Models:
     """The small world: 12 layers of the reference as value model; one pass for three rewards, and MiniLM for one."""
-    return Models(SMOLLM2, SMOLLM2, 12, ((SMOLLM2, 12),))
+    return Models(SMOLLM2, SMOLLM2, 12, ((SMOLLM2, 12, True),))
 
 
 def benchmark_work(method: str, batch_size: int, settings: dict, value_layers: int) -> tuple[Work, int]:
@@ -454,7 +473,7 @@ def check(folder: Path = MEASURED) -> dict:
     rows.append(("predicted", "50 trees of 4-2-2 children, 48 tokens", 57.0, cpu.seconds(work)))
     leaves = np.concatenate([c.leaves for c in trees])
     labels = texts_read(SMOLLM2, leaves, num_layers=12) + texts_read(MINILM, leaves - prompt)
-    rows.append(("predicted", "their labels, four rewards", 30.0, cpu.seconds(labels)))
+    rows.append(("predicted", "their labels, four rewards, each text alone", 30.0, cpu.seconds(labels)))
     fit = json.loads((folder / "value_training_smollm_cpu.json").read_text())
     lengths = fit["tokens_node"] / fit["nodes"]
     ratio = training_flops(SMOLLM2, lengths, num_layers=8, rank=32) / forward_flops(SMOLLM2, lengths, num_layers=8)

@@ -15,6 +15,7 @@ from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from utils import costs
 from utils.growth import TreeShape, grow_trees
 from utils.hdf5_utils import read_trees, stored_indices
+from utils.prefix_tree import pack
 
 
 def counted(call) -> int:
@@ -145,6 +146,8 @@ def test_tokens_of_the_tiny_worlds_trees_are_counted_exactly_and_expected_about_
     for tree, c in zip(trees, counts, strict=True):
         assert c.generated == sum(len(t) for t in tree.tokens[1:]) == len(c.contexts)
         assert c.leaves.tolist() == [len(tree.path_tokens(n)) for n in tree.leaves]
+        assert c.rows.sum() == c.prompt + c.generated or len(c.rows) > 1
+        assert sum(len(row.tokens) for row in pack([tree.path_tokens(n).tolist() for n in tree.leaves])) <= c.rows.sum()
         labelled = tree.labelled("x", back_up(tree.parent, np.zeros(len(tree))))
         [example] = make_examples([labelled], "x", lambda t: training_nodes(t, 1.0, 0))
         assert example.path_lengths[example.nodes].sum() == c.nodes.sum()

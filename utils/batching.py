@@ -7,20 +7,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
-def length_batches(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> Iterator[np.ndarray]:
+def length_batches(
+    lengths: Sequence[int], batch_size: int, token_budget: int | None = None, fullness: float = 0.0
+) -> Iterator[np.ndarray]:
     """Index arrays that cover all texts, the longest first (so that what does not fit in memory fails at once).
 
     Args:
         lengths: tokens of each text.
         batch_size: most texts in a batch.
         token_budget: most tokens in a batch, padding included; a longer text gets a batch of its own.
+        fullness: a text with less than this share of a batch's longest begins another one; 0: none does.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    ordered = np.asarray(lengths, np.int64)[order]
     start = 0
     while start < len(order):
         size = batch_size
         if token_budget:
-            size = min(size, max(1, token_budget // max(1, int(lengths[order[start]]))))
+            size = min(size, max(1, token_budget // max(1, int(ordered[start]))))
+        size = min(size, int((ordered[start:] >= fullness * ordered[start]).sum()))
         yield order[start : start + size]
         start += size
 

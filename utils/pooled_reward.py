@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.batching import length_batches
 from utils.cli import DataError, progress
 from utils.files import npy, read_npy, write_atomically
+from utils.prefix_tree import ROW_TOKENS, read_rows
 
 FORMAT = 1
 CHUNK = 256  # texts whose features are kept together on disk
@@ -127,22 +127,6 @@ def encode_texts(
     return encoded
 
 
-def pack_rows(encoded: Sequence[tuple[list[int], int]], limit: int) -> list[list[int]]:
-    """Indices of the texts that share a row of at most `limit` tokens: one conversation, then all its responses."""
-    rows: dict[tuple[int, ...], list[list[int]]] = {}
-    size: dict[tuple[int, ...], int] = {}
-    for i, (ids, start) in enumerate(encoded):
-        head, tail = tuple(ids[:start]), len(ids) - start
-        if not tail:
-            continue
-        if head not in rows or size[head] + tail > limit:
-            rows.setdefault(head, []).append([])
-            size[head] = start
-        rows[head][-1].append(i)
-        size[head] += tail
-    return [row for packed in rows.values() for row in packed]
-
-
 def pooled_features(
     trunk,
     encoded: Sequence[tuple[list[int], int]],
@@ -150,50 +134,40 @@ def pooled_features(
     *,
     batch_size: int = 32,
     token_budget: int = 8192,
+    row_tokens: int = ROW_TOKENS,
     autocast: bool = False,
 ) -> np.ndarray:
     """Features (N, H) float32 of encoded responses; zeros for a response without tokens.
 
-    Responses to one conversation stand in one row after it, each blind to the others and at the positions it would have
-    alone: what the sides of a pair, or the leaves of a tree, share is read once.
+    What texts have in common from their beginning on, conversation and answer, is read once (`prefix_tree`): the sides
+    of a pair share the conversation, the leaves of a tree also the path to where they fork.
 
     Args:
         trunk: headless causal model; its `last_hidden_state` is normalised to a mean square of 1 at each token.
         encoded: what `encode_texts` gives.
-        batch_size: most rows in a forward pass; token_budget: most tokens, padding included.
+        batch_size, token_budget, row_tokens: as in `prefix_tree.read_rows`.
         autocast: run the trunk in bfloat16.
     """
     import torch
 
     device = next(trunk.parameters()).device
     features = np.zeros((len(encoded), trunk.config.hidden_size), np.float32)
-    rows = pack_rows(encoded, max((len(ids) for ids, _ in encoded), default=0))
-    lengths = [encoded[row[0]][1] + sum(len(encoded[i][0]) - encoded[i][1] for i in row) for row in rows]
+    index = [i for i, (ids, start) in enumerate(encoded) if len(ids) > start]
+    texts = [encoded[i][0] for i in index]
+    sizes = {"batch_size": batch_size, "token_budget": token_budget, "row_tokens": row_tokens}
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for batch in length_batches(lengths, batch_size, token_budget):
-            size = (len(batch), lengths[batch[0]])  # (B, L); the longest comes first
-            ids, position = np.full(size, pad_id), np.zeros(size, np.int64)
-            owner = np.full(size, -2)  # the text that a token belongs to; -1: the conversation; -2: padding
-            for b, row in enumerate(rows[r] for r in batch):
-                end = encoded[row[0]][1]
-                ids[b, :end], position[b, :end], owner[b, :end] = encoded[row[0]][0][:end], np.arange(end), -1
-                for i in row:
-                    text, head = encoded[i]
-                    at = slice(end, end + len(text) - head)
-                    ids[b, at], position[b, at], owner[b, at] = text[head:], np.arange(head, len(text)), i
-                    end = at.stop
-            ids, position, owner = (torch.as_tensor(a, device=device) for a in (ids, position, owner))
-            seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])  # (B, query, key)
-            mask = torch.where(seen.tril(), 0.0, torch.finfo(torch.float32).min)[:, None]  # (B, 1, L, L)
-            hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        for rows, hidden in read_rows(trunk, texts, pad_id, **sizes):
             hidden = hidden.float()
             hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)  # (B, L, H)
-            texts = [i for r in batch for i in rows[r]]
-            place = {i: n for n, i in enumerate(texts)}
-            inside = owner >= 0
-            index = torch.tensor([place[i] for i in owner[inside].tolist()], device=device)
-            total = torch.zeros(len(texts), hidden.shape[-1], device=device).index_add_(0, index, hidden[inside])
-            features[texts] = (total / torch.bincount(index)[:, None]).cpu().numpy()
+            members = [index[n] for row in rows for n in row.members]
+            weights = np.zeros((len(members), hidden.shape[1]), np.float32)  # (m, L) of the means over responses
+            for weight, i, path in zip(weights, members, (path for row in rows for path in row.paths), strict=True):
+                response = path[encoded[i][1] :]
+                weight[response] = 1 / len(response)
+            weights = torch.as_tensor(weights, device=device).split([len(row.members) for row in rows])
+            with torch.autocast(device.type, enabled=False):
+                means = torch.cat([w @ states for w, states in zip(weights, hidden, strict=True)])  # (m, H)
+            features[members] = means.cpu().numpy()
     return features
 
 

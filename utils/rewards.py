@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from utils.cli import DataError
 from utils.config import Config, DatasetSpec, ObjectiveSpec
 from utils.places import training_command
 from utils.pooled_reward import PooledHead, encode_texts, load_head, pooled_features, trunk_fingerprint
+from utils.prefix_tree import ROW_TOKENS, classifies_rows, read_rows
 from utils.text_formats import fill, format_of, reward_text, shown_to_reference
 
 TOKEN_BUDGET = 8192  # tokens of a batch, padding included
@@ -32,7 +33,9 @@ class RewardSet:
 
     Args:
         objectives: names; no other objective is loaded.
-        batch_size: most texts in a forward pass (which also keeps to `token_budget` tokens).
+        batch_size: most rows of texts in a forward pass (which also keeps to `token_budget` tokens).
+        row_tokens: most tokens of a row in which texts that begin alike are read (`prefix_tree.read_rows`), by decoders
+            that can (`prefix_tree.classifies_rows`) and pooled heads; 0: each text has a row of its own.
         autocast: run the models in bfloat16. By default only on a CPU whose configuration says `cpu_dtype: bfloat16`;
             elsewhere rewards, which are what is reported, are float32 whatever the policy's precision.
     """
@@ -46,13 +49,14 @@ class RewardSet:
         batch_size: int = 32,
         *,
         token_budget: int = TOKEN_BUDGET,
+        row_tokens: int = ROW_TOKENS,
         autocast: bool | None = None,
     ):
         self.dataset, self.objectives = dataset_spec, tuple(objectives)
         device = models.pick_device(str(device) if device is not None else None)
         if autocast is None:
             autocast = device.type == "cpu" and config.cpu_dtype == "bfloat16"
-        options = {"batch_size": batch_size, "token_budget": token_budget, "autocast": autocast}
+        options = dict(batch_size=batch_size, token_budget=token_budget, row_tokens=row_tokens, autocast=autocast)
         pools: dict[tuple, _Pool] = {}
         self._scorers = []
         for spec in map(config.objective, self.objectives):
@@ -148,10 +152,8 @@ class _Pool:
 class _Classifier:
     """A sequence-classification checkpoint: sign times one logit."""
 
-    def __init__(
-        self, config: Config, spec: ObjectiveSpec, device, *, batch_size: int, token_budget: int, autocast: bool
-    ):
-        self.spec, self.batch_size, self.token_budget, self.autocast = spec, batch_size, token_budget, autocast
+    def __init__(self, config: Config, spec: ObjectiveSpec, device, *, row_tokens: int, autocast: bool, **sizes: int):
+        self.spec, self.autocast, self.sizes = spec, autocast, sizes
         path, made_by = config.locate(spec.path), training_command(config, spec)
         if not Path(path).exists() and (made_by or path.count("/") != 1):  # no Hub name: do not ask there
             hint = f"; make it with: {made_by}" if made_by else ""
@@ -165,6 +167,7 @@ class _Classifier:
             )
         limits = (spec.max_length, self.tokenizer.model_max_length, models.context_length(self.model))
         self.max_length = int(min(n for n in limits if n))
+        self.row_tokens = row_tokens if classifies_rows(self.model, self.max_length) else 0
 
     def score(self, prompts, users, shown, responses) -> dict[str, np.ndarray]:
         tok = self.tokenizer
@@ -181,15 +184,30 @@ class _Classifier:
         """Logits (N, labels) float64 of token ids, as if each text were alone."""
         out = np.zeros((len(rows), self.model.config.num_labels))
         device = next(self.model.parameters()).device
+        read = self._read_shared if self.row_tokens else self._read_alone
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            for group in self._groups(rows):
-                for batch in length_batches([len(rows[i]) for i in group], self.batch_size, self.token_budget):
-                    index = group[batch]
-                    chosen = [rows[i] for i in index]
-                    ids, mask = pad_right(chosen, self._pad_id(chosen))
-                    logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                    out[index] = logits.double().cpu().numpy()
+            for index, logits in read(rows, device):
+                out[index] = logits.double().cpu().numpy()
         return out
+
+    def _read_shared(self, rows: list[list[int]], device) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """What texts have in common from their beginning on is read once."""
+        if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
+            rows = [_up_to_padding(row, self.model.config.pad_token_id) for row in rows]
+        read = read_rows(self.model.base_model, rows, 0, row_tokens=self.row_tokens, **self.sizes)
+        for packed, hidden in read:  # no text sees the padding (0)
+            row = np.repeat(np.arange(len(packed)), [len(p.members) for p in packed])
+            last = np.array([path[-1] for p in packed for path in p.paths])
+            states = hidden[torch.as_tensor(row, device=device), torch.as_tensor(last, device=device)]  # (m, H)
+            yield [i for p in packed for i in p.members], self.model.score(states)
+
+    def _read_alone(self, rows: list[list[int]], device) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Every text in a row of its own, as any architecture takes it."""
+        for group in self._groups(rows):
+            for batch in length_batches([len(rows[i]) for i in group], **self.sizes):
+                chosen = [rows[i] for i in group[batch]]
+                ids, mask = pad_right(chosen, self._pad_id(chosen))
+                yield group[batch], self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
 
     def _groups(self, rows: list[list[int]]) -> list[np.ndarray]:
         """Texts that can share a batch: encoder-decoders read their logits at the last end token and refuse a batch
@@ -208,6 +226,12 @@ class _Classifier:
         used = set().union(*rows)
         self.model.config.pad_token_id = next(i for i in range(len(used) + 1) if i not in used)
         return self.model.config.pad_token_id
+
+
+def _up_to_padding(row: list[int], pad_id: int) -> list[int]:
+    """A text up to where a decoder reads its logits: the last token that is not padding, else the first."""
+    stop = next((n for n in range(len(row), 0, -1) if row[n - 1] != pad_id), 1)
+    return row[:stop]
 
 
 class _Callable:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from utils.prefix_tree import tree_mask
 from utils.tree_examples import Example
 
 TOKENS_PER_PASS = 8192  # padded tokens of one forward pass; what has more is done in several
@@ -114,10 +115,7 @@ def collate(layouts: Sequence[Layout], device=None) -> Batch:
         real = [np.arange(length) < len(x.tokens) for x in layouts]
         inputs["attention_mask"] = put(np.stack(real).astype(np.int64))
     else:
-        i = torch.arange(length, device=device)
-        visible = (i[None, :] <= i[:, None]) & (i[:, None] < put(ends)[:, None, :])  # (B, L, L) query, key
-        mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min)
-        inputs |= {"attention_mask": mask[:, None], "position_ids": put(positions)}  # (B, 1, L, L), (B, L)
+        inputs |= {"attention_mask": tree_mask(put(ends)), "position_ids": put(positions)}  # (B, 1, L, L), (B, L)
     return Batch(
         inputs,
         rows=put(np.repeat(np.arange(size), [len(x.places) for x in layouts])),
