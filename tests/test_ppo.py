@@ -430,7 +430,7 @@ def test_two_launched_processes_learn_what_one_learns(rival_world, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(REPOSITORY / "Finetuning" / "PPO" / "ppo.py"), *arguments, str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

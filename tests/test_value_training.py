@@ -865,7 +865,7 @@ def test_the_launched_script_learns_with_two_processes_what_it_learns_with_one(w
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(ROOT / "train_value_model.py"), *command(world, *start, "--output_dir", str(tmp_path / "two"))],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
