@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--dataset", default="anthropic", help="whose reference")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
     parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens of each answer, all of this length")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="tokens of each answer, all of this length")
     parser.add_argument("--topk", type=int, default=15, help="candidates per step")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     reference, tokenizer = load_reference(config, config.dataset(args.dataset), device)
     models = value_models(config, tokenizer, vocabulary_size(reference), device)
-    rows = [row for batch_size in args.batch_size for row in measure(reference, models, batch_size, args, device)]
+    rows: list[dict] = []
+    for batch_size in cli.progress(args.batch_size, desc="batch sizes", unit="size"):
+        rows += measure(reference, models, batch_size, args, device)
     record = {
         "rows": rows,
         **conditions("benchmarks/value_adapters.py", argv, device, reference.dtype),
