@@ -193,3 +193,9 @@ def test_the_cost_model_is_what_is_recorded_and_near_to_what_was_measured(tmp_pa
     for (factor, dataset, stage), row in of.items():
         if factor == 10 and not stage.startswith("value models"):  # validation trees are not ten times as many
             assert row["flops"] == pytest.approx(10 * of[1, dataset, stage]["flops"], rel=1e-3)
+
+
+def test_the_page_of_speeds_is_that_of_the_results():
+    from benchmarks.speed_page import ROOT, page
+
+    assert (ROOT / "docs/speed.md").read_text() == page(ROOT / "benchmarks/results")
