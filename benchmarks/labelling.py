@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measuring import conditions  # noqa: E402
 from utils import cli  # noqa: E402
 
 
@@ -48,10 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         cli.report_dry_run([("trees", str(data_dir), cli.found(str(data_dir), "get_data_base.py"))])
         return 0
 
-    import torch
-    import transformers
-
-    from benchmarks.decode import processor
     from utils.hdf5_utils import read_tree, tree_indices
     from utils.labelling import leaf_texts
     from utils.models import load_tokenizer, pick_device
@@ -83,16 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
         "trees": len(trees),
         "layers_of_the_classifier": args.layers,
-        "command": "python benchmarks/labelling.py " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{processor()}, {torch.get_num_threads()} threads",
-        "dtype": "float32",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **conditions("benchmarks/labelling.py", argv, device, "float32"),
     }
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def in_turns(
 
 
 def conditions(script: str, argv: Sequence[str] | None, device, dtype) -> dict:
-    """The command, the device, the precision and the versions of a measurement."""
+    """The command, the device, the precision (a torch.dtype or its name) and the versions of a measurement."""
     import torch
     import transformers
 

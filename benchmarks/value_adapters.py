@@ -129,12 +129,14 @@ def measure(reference, models, batch_size: int, args, device) -> list[dict]:
 
 
 def mebibytes(models) -> int:
-    """Memory of the models' weights, those that they share counted once."""
+    """Memory of the models' weights, those that they share counted once; stacked, as if they were the stack's only
+    members and read together."""
     from utils.shared_base import StackedLinear
 
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
     for model in models:
         for layer in (m for m in model.modules() if isinstance(m, StackedLinear)):
+            layer.use(tuple(range(len(models))))  # and not what another number of members used last
             tensors += [t for update in layer.updates[: len(models)] if update is not None for t in update]
             tensors += [] if layer.active is None else layer.active
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

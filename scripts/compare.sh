@@ -50,6 +50,14 @@ if [ -z "${PAIRS:-}" ]; then
   done
 fi
 
+for pair in $PAIRS; do
+  a=${pair%%,*} b=${pair#*,}
+  if [ "$pair" != "$a,$b" ] || [ "$a" = "$b" ] || [[ " $OBJECTIVES " != *" $a "* || " $OBJECTIVES " != *" $b "* ]]; then
+    echo "error: PAIRS has $pair; a pair is two of $DATASET's objectives, e.g. ${OBJECTIVES%% *},${OBJECTIVES##* }; valid: $OBJECTIVES" >&2
+    exit 2
+  fi
+done
+
 vector() {  # A WEIGHT_OF_A B WEIGHT_OF_B: --obj_weights in the data set's order; a weight of 0 is left out
   local cells=() objective weight
   for objective in $OBJECTIVES; do

@@ -1,6 +1,8 @@
 """The command line: instant help, every flag explained, documented commands that parse, weights and iterations."""
 
 import argparse
+import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -87,6 +89,17 @@ def test_a_script_is_a_parser_and_a_main_and_explains_every_argument(script):
     assert re.search(
         r'^if __name__ == "__main__":\n    (raise SystemExit|sys\.exit)\((cli\.)?run\(main\)\)$', text, re.M
     )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_script_imports_of_ours_is_there(script):
+    """Imports within functions, which nothing else may ever run."""
+    for node in ast.walk(ast.parse((REPOSITORY / script).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("utils", "benchmarks"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                there = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                assert there, f"{script}: {node.module} has no {name}"
 
 
 def test_every_stage_takes_the_shared_arguments():

@@ -23,6 +23,13 @@ def test_a_method_that_does_not_exist_is_refused(rival_world, tmp_path):
     assert done.returncode == 2 and "METHODS has soup; valid: reference table mavis" in done.stderr
 
 
+@pytest.mark.parametrize("pair", ["help,humr", "help", "help,help", "help,harm,humor"])
+def test_what_is_no_pair_of_objectives_is_refused_before_anything_runs(rival_world, tmp_path, pair):
+    done = compare(rival_world, tmp_path, PAIRS=f"help,harm {pair}", METHODS="best_of")
+    assert done.returncode == 2 and f"PAIRS has {pair}; a pair is two of anthropic's objectives" in done.stderr
+    assert "==" not in done.stdout and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_every_method_lands_in_one_report_and_nothing_is_done_twice(rival_world, tmp_path):
     """About two minutes: the trainings take a step each, the evaluations two prompts."""

@@ -131,6 +131,36 @@ def test_value_models_of_several_points_are_loaded_once_and_share_an_untrained_b
     assert models["low"].model is models["even"].model and models["low"].score is not models["even"].score
 
 
+def test_of_stacked_value_models_no_base_but_the_first_stays_in_memory_for_the_next(toy, tmp_path, monkeypatch):
+    import gc
+    import shutil
+    import weakref
+
+    import torch
+
+    from utils.config import load_config
+
+    config, cpu = load_config(toy / "toy.yaml", toy / "workspace"), torch.device("cpu")
+    _, tokenizer = utils.models.load_reference(config, config.dataset("toy"), cpu)
+    bases, alive, adapted = [], [], utils.models._adapted_value_model
+
+    def watched(*args):
+        gc.collect()
+        alive.append(sum(base() is not None for base in bases))
+        model = adapted(*args)
+        bases.append(weakref.ref(model.get_base_model().model))
+        return model
+
+    monkeypatch.setattr(utils.models, "_adapted_value_model", watched)
+    monkeypatch.setattr(utils.models, "_only_head_is_trained", lambda folder: False)
+    folders, kept = [toy / "workspace" / "value_models", tmp_path / "again"], {}
+    shutil.copytree(*folders)
+    for folder in folders:
+        iterations = {"low": 0, "even": 0}
+        utils.models.load_value_models(config, folder, iterations, tokenizer, 43, cpu, kept, adapters="stacked")
+    assert alive == [0, 1, 1, 1]  # the stack's backbone alone
+
+
 def test_the_table_has_a_line_per_point(script, capsys):
     script("mavis", "--front", "low,even", "--points", 2, "--beta", 0.5, 2, "--num_trials", 1)
     header, *lines = capsys.readouterr().out.partition("over prompts)\n")[2].splitlines()

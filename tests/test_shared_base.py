@@ -93,6 +93,23 @@ def test_any_members_in_any_order_from_one_stack_with_other_models_between():
     assert_equal(run(between), run(MavisPolicy(reference, [merged[0], other, merged[1]], [0.5, 0.2, 0.3], **options)))
 
 
+@pytest.mark.parametrize("order", [[0], [1], [2, 0]])
+@pytest.mark.parametrize("kind", ["stacked", "heads alone"])
+def test_a_shared_backbone_reads_with_grouped_attention_whoever_is_first(kind, order):
+    if kind == "stacked":
+        members = stacked(three("llama_grouped_tied"))
+        backbone = members[0].stack.backbone
+    else:  # value models whose head alone was trained, as `load_value_models` lets them share
+        members = [value_model("llama_grouped_tied", seed) for seed in range(3)]
+        backbone = members[0].model
+        for member in members[1:]:
+            member.model = backbone
+    seen = []
+    backbone.register_forward_pre_hook(lambda module, inputs: seen.append(module.config._attn_implementation))
+    run(MavisPolicy(causal_lm("llama_grouped_tied"), [members[i] for i in order], [1.0] * len(order), beta=3.0))
+    assert set(seen) == {"mavis_grouped"} and backbone.config._attn_implementation == "sdpa"
+
+
 def test_a_member_that_comes_later_changes_no_earlier_one():
     reference, models = causal_lm("llama_full"), three("llama_full")
     stack = AdapterStack()

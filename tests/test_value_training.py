@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,13 @@ import train_value_model
 from tests.models_for_tests import CONFIGS, VOCAB, value_model
 from utils import training_output
 from utils.cached_models import without_adapter
+from utils.checkpoint import Checkpoint
 from utils.cli import DataError, UsageError
 from utils.config import LoraSpec, TrainingSpec
 from utils.fit_measures import correlation, explainable_variance, explained_variance, target_noise
 from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tree
 from utils.head_starts import BETWEEN, RIDGES, fit_ridges, start_at_mean, start_at_ridge
-from utils.node_values import head_weight, predict
+from utils.node_values import head_weight, predict, read_states
 from utils.optimization import linear_schedule
 from utils.tree_examples import Example, make_examples, node_targets, training_nodes, validation_nodes
 from utils.tree_layouts import collate, lay_out, make_units, passes, unit_tokens
@@ -832,6 +834,32 @@ def test_two_processes_learn_what_one_learns(tmp_path, packing):
         for parameters, metrics in (r.result() for r in results):
             assert torch.allclose(parameters, expected, atol=1e-6)
             assert metrics["val_loss"] == pytest.approx(one["val_loss"], abs=1e-6) and metrics["processes"] == 2
+
+
+def test_no_process_goes_on_to_publish_before_all_have_read_what_is_best(tmp_path, monkeypatch):
+    """Without epochs nothing is read behind the last checkpoint that would hold the first process up."""
+    spec = dataclasses.replace(SPEC, num_epochs=0, head_start="ridge")
+    data, held_out = examples(4), examples(3, validation_nodes, start=100)
+    load_best, late = Checkpoint.load_best, threading.local()
+
+    def slow(checkpoint):
+        time.sleep(0.5 * late.rank)
+        return load_best(checkpoint)
+
+    def fit(accelerator):
+        late.rank = accelerator.process_index
+        model = lora(value_model("llama_full"))
+        states = read_states(model, held_out)
+        metrics = train(model, data, held_out, spec, tmp_path, accelerator=accelerator, validation_states=states)
+        if late.rank == 0:  # as `publish` does
+            (tmp_path / training_output.STATE).unlink()
+        return metrics["val_loss"]
+
+    monkeypatch.setattr(Checkpoint, "load_best", slow)
+    barrier, board = threading.Barrier(2), [None, None]
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(fit, [TwoThreads(r, barrier, board) for r in range(2)])
+    assert one == two
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

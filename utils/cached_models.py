@@ -215,7 +215,8 @@ class CachedModel:
             the states as (B, copies, q, H): one for all heads, or a member's own for each.
         """
         inputs = dict(position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
-        with grouped_attention(self.model.config):
+        # A backbone that value models share has the configuration of the one that came first.
+        with grouped_attention(self.model.config if self.heads is None else self.backbone.config):
             if self.heads is None:
                 return self.model(input_ids=token_ids, **inputs, logits_to_keep=1).logits[:, -1]
             if self.members is None:

@@ -379,19 +379,31 @@ def load_value_models(
             continue
         only_head = _only_head_is_trained(folder)
         if adapters == "stacked" and not only_head:
-            adapted = _adapted_value_model(config, folder, tokenizer, vocab_size)
-            try:
-                stack = loaded.setdefault("stack", AdapterStack())
-                loaded[folder] = stack.add(adapted, device, pick_dtype(config, device))
-            except ValueError as error:
-                raise DataError(
-                    f"the value model in {folder} cannot be stacked: {error}; use --value_adapters merged"
-                ) from error
+            stack = loaded.setdefault("stack", AdapterStack())
+            loaded[folder] = _add_to_stack(stack, config, folder, tokenizer, vocab_size, device)
             continue
         model = loaded[folder] = load_value_model(config, folder, tokenizer, vocab_size, device)
         if only_head:  # then the backbone is the base's: one for all, which is read once
             setattr(model, model.base_model_prefix, loaded.setdefault("untrained backbone", backbone_of(model)))
     return {name: loaded[folder] for name, folder in folders.items()}
+
+
+def _add_to_stack(
+    stack: AdapterStack,
+    config: Config,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    device: torch.device,
+) -> torch.nn.Module:
+    """One more member. Its own float32 base, which only the first member keeps, goes before the next one is loaded."""
+    adapted = _adapted_value_model(config, folder, tokenizer, vocab_size)
+    try:
+        return stack.add(adapted, device, pick_dtype(config, device))
+    except ValueError as error:
+        raise DataError(
+            f"the value model in {folder} cannot be stacked: {error}; use --value_adapters merged"
+        ) from error
 
 
 def _only_head_is_trained(folder: str | Path) -> bool:

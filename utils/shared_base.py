@@ -103,6 +103,11 @@ class AdapterStack(nn.Module):
         self.layers: dict[str, StackedLinear] = {}
         self.size = 0
 
+    @property
+    def config(self):
+        """The backbone's configuration."""
+        return self.backbone.config
+
     def add(self, model: PeftModel, device: torch.device, dtype: torch.dtype) -> StackedValueModel:
         """One more value model: its adapter and its head, on that device; `model` is used up.
 

@@ -307,6 +307,8 @@ def train(
     if accelerator:
         accelerator.wait_for_everyone()
     history.state = history.checkpoint.load_best()  # what the first process wrote, for every one
+    if accelerator:
+        accelerator.wait_for_everyone()  # everyone has read it before the first one publishes the folder without it
     with torch.no_grad():
         head_weight(model).mul_(scale)
     report = validation_report(validation, outputs())
