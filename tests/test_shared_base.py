@@ -182,7 +182,13 @@ def test_single_precision_keeps_to_a_small_error():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"use_dora": True}, "no plain LoRA"), ({"lora_bias": True}, "no plain LoRA"), ({"targets": "all"}, "no part of")],
+    [
+        ({"use_dora": True}, "no plain LoRA"),
+        ({"lora_bias": True}, "no plain LoRA"),
+        ({"targets": "all"}, "no part of"),
+        ({"bias": "lora_only"}, "biases are trained"),
+        ({"modules_to_save": ["embed_tokens"]}, "a model.embed_tokens of its own"),
+    ],
 )
 def test_what_is_more_than_a_low_rank_update_of_the_backbone_is_refused(options, said):
     targets = ["q_proj"]

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from utils.cached_models import backbone_of, head_of
@@ -164,11 +165,15 @@ def _updates(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     """{layer: (in, r) and (r, out)} of a value model's one adapter, its scaling within.
 
     Raises:
-        ValueError: it is more than low-rank updates of linear layers.
+        ValueError: it is more than low-rank updates of linear layers and a head.
     """
     [adapter] = model.peft_config
-    found = {}
-    for name, layer in model.get_base_model().named_modules():
+    if (bias := model.peft_config[adapter].bias) != "none":
+        raise ValueError(f"its biases are trained too (bias={bias!r})")
+    base, found = model.get_base_model(), {}
+    for name, layer in base.named_modules():
+        if isinstance(layer, ModulesToSaveWrapper) and name.startswith(base.base_model_prefix + "."):
+            raise ValueError(f"it has a {name} of its own, which is no low-rank update")
         if not isinstance(layer, BaseTunerLayer):
             continue
         if not isinstance(layer, LoraLayer) or set(layer.lora_A) != {adapter} or _is_special(layer, adapter):
