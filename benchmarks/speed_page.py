@@ -47,13 +47,17 @@ tree has nothing to share.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs/speed.md", help="the page")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     write_atomically(args.output, page(args.results))
     print(args.output)
     return 0
