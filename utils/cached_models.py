@@ -201,8 +201,11 @@ class CachedModel:
         self.context = getattr(text, "max_position_embeddings", None)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.attention_config = model.config
         if heads is not None:
             self.backbone = backbone_of(model)
+            # One that value models share reads that of the model which it came with.
+            self.attention_config = getattr(self.backbone, "config", model.config)
 
     def new_cache(self, layout: Layout) -> SlotCache:
         """An empty cache for a layout's rows."""
@@ -215,8 +218,7 @@ class CachedModel:
             the states as (B, copies, q, H): one for all heads, or a member's own for each.
         """
         inputs = dict(position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
-        # A backbone that value models share has the configuration of the one that came first.
-        with grouped_attention(self.model.config if self.heads is None else self.backbone.config):
+        with grouped_attention(self.attention_config):
             if self.heads is None:
                 return self.model(input_ids=token_ids, **inputs, logits_to_keep=1).logits[:, -1]
             if self.members is None:
