@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measuring import keep
 from utils import cli
 from utils.config import Config, DatasetSpec, load_config
 from utils.costs import (
@@ -556,9 +557,7 @@ def main(argv: list[str] | None = None) -> int:
         "check": check(),
     }
     print_tables(record)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, args.output)
     return 0
 
 

@@ -10,7 +10,6 @@ value model on B x k tokens after theirs. Below 1 means that ours makes a call c
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -19,23 +18,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import conditions, in_turns, peak_memory  # noqa: E402
+from benchmarks.measuring import (
+    add_decoding_arguments,
+    answer,
+    conditions,
+    in_turns,
+    keep,
+    peak_memory,
+    random_prompts,
+)  # noqa: E402
 from utils import cli  # noqa: E402
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="anthropic", help="whose reference and objectives")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens of each answer, all of this length")
-    parser.add_argument("--topk", type=int, default=15, help="candidates per step")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each method")
     parser.add_argument(
         "--value_model_dir", help="trained value models (default: the workspace's, fresh ones where there are none)"
     )
-    parser.add_argument("--output", type=Path, help="JSON file of the rows")
-    cli.add_common(parser)
+    add_decoding_arguments(parser, max_new_tokens=32)
     return parser
 
 
@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
     }
     print_table(record)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, args.output)
     return 0
 
 
@@ -87,7 +85,9 @@ def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device)
 
 def backbones(values) -> int:
     """How many models a step of these value models reads: those that share a backbone are read once."""
-    return len({id(getattr(v, v.base_model_prefix)) for v in values})
+    from utils.cached_models import backbone_of
+
+    return len({id(backbone_of(v)) for v in values})
 
 
 def candidate_heads(values, rank: int = 64) -> list:
@@ -109,24 +109,16 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
     """One row per method at a batch size."""
     import torch
 
-    from utils.decoding import decode
     from utils.growth import TreeShape, grow_trees
     from utils.policies import CandidatePolicy, MavisPolicy, ReferencePolicy
 
     heads = candidate_heads(values)
-    generator = torch.Generator().manual_seed(0)
     tokens, k = args.max_new_tokens, args.topk
-    prompts = torch.randint(
-        10, reference.get_input_embeddings().num_embeddings // 2, (batch_size, args.prompt_tokens), generator=generator
-    )
+    prompts = random_prompts(reference, batch_size, args.prompt_tokens)
     inputs = prompts.to(device)
-    keys = [(0, i) for i in range(batch_size)]
 
     def ours(policy) -> int:
-        done = decode(
-            policy, prompts.tolist(), keys=keys, max_new_tokens=tokens, eos_token_id=None, batch_size=batch_size
-        )
-        return sum(len(c.token_ids) for c in done)
+        return answer(policy, prompts, tokens)
 
     def plain() -> int:
         with torch.inference_mode():

@@ -12,17 +12,16 @@ ways alternate and the ratios are of their medians. Tokens are what the model is
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import statistics
 import sys
 import tempfile
-import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import conditions  # noqa: E402
+from benchmarks.measuring import conditions, in_turns, keep  # noqa: E402
 from utils import cli  # noqa: E402
 
 
@@ -81,9 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         "layers_of_the_classifier": args.layers,
         **conditions("benchmarks/labelling.py", argv, device, "float32"),
     }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, args.output)
     return 0
 
 
@@ -124,15 +121,15 @@ def measure(config, dataset, objectives, texts: dict, args, device) -> list[dict
     rows = []
     for name, pairs in texts.items():
         prompts, responses = zip(*pairs, strict=True)
-        tokens, seconds, scores = {}, {way: [] for way in ways}, {}
-        for repeat in cli.progress(range(args.rounds + 1), desc=name, unit="round"):
-            for way, rewards in ways.items():
-                read.clear()
-                begun = time.perf_counter()
-                scores[way] = rewards.score(prompts, responses)  # ends on the CPU
-                if repeat:
-                    seconds[way].append(time.perf_counter() - begun)
-                tokens[way] = sum(read)
+        scores: dict = {}
+
+        def score(way: str, prompts=prompts, responses=responses, scores=scores) -> int:
+            """Tokens that a model was given."""
+            read.clear()
+            scores[way] = ways[way].score(prompts, responses)
+            return sum(read)
+
+        seconds, tokens = in_turns({way: functools.partial(score, way) for way in ways}, args.rounds, device)
         apart = max(abs(scores["alone"][o] - scores["shared"][o]).max() for o in objectives)
         assert apart < 1e-3, f"the two ways give rewards that differ by {apart}"
         took = {way: statistics.median(s) for way, s in seconds.items()}

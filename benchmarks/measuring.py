@@ -6,8 +6,12 @@ import platform
 import resource
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from utils import cli
+from utils.files import write_json
 
 
 def in_turns(
@@ -20,7 +24,7 @@ def in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     returned: dict[str, int] = {}
-    for round_ in range(rounds + 1):
+    for round_ in cli.progress(range(rounds + 1), desc="rounds", unit="round"):
         for name, method in methods.items():
             synchronize(device)
             start = time.perf_counter()
@@ -29,6 +33,44 @@ def in_turns(
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     return seconds, returned
+
+
+def add_decoding_arguments(parser: ArgumentParser, *, max_new_tokens: int) -> None:
+    """What benchmarks of decoding are asked for, and their output."""
+    parser.add_argument("--dataset", default="anthropic", help="whose reference and objectives")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=max_new_tokens, help="tokens of each answer, all of this length"
+    )
+    parser.add_argument("--topk", type=int, default=15, help="candidates per step")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each method")
+    parser.add_argument("--output", type=Path, help="JSON file of the rows")
+    cli.add_common(parser)
+
+
+def random_prompts(reference, rows: int, tokens: int):
+    """(rows, tokens) token ids, the same in every run; of the vocabulary's first half, behind its special tokens."""
+    import torch
+
+    half = reference.get_input_embeddings().num_embeddings // 2
+    return torch.randint(10, half, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def answer(policy, prompts, max_new_tokens: int) -> int:
+    """Answer prompts (B, L) in one batch, none ending early; returns the number of tokens."""
+    from utils.decoding import decode
+
+    keys = [(0, i) for i in range(len(prompts))]
+    how = {"max_new_tokens": max_new_tokens, "eos_token_id": None, "batch_size": len(prompts)}
+    return sum(len(c.token_ids) for c in decode(policy, prompts.tolist(), keys=keys, **how))
+
+
+def keep(record: Mapping, output: Path | None) -> None:
+    """Write what was measured, where a file was named."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, record)
 
 
 def conditions(script: str, argv: Sequence[str] | None, device, dtype) -> dict:

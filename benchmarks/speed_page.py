@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import run  # noqa: E402
+from utils.cli import markdown_rows, run  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,11 +88,6 @@ def source(record: dict) -> str:
     return f"\n`{record['command']}`; {record['device']}, {record['dtype']}, {versions}.\n"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
 def decoding_table(rows: Sequence[dict]) -> str:
     """A line per method, for each batch size: tokens/s, of `generate()`, overhead."""
     sizes, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("batch_size", "method"))
@@ -103,7 +98,7 @@ def decoding_table(rows: Sequence[dict]) -> str:
         return f"{row['tokens_per_second']:.0f}, {row['ratio_to_generate']:.2f}, {overhead}"
 
     header = ["tokens/s, of generate(), overhead", *(f"batch {size}" for size in sizes)]
-    return table(header, [[m, *(cell(found[m, size]) for size in sizes)] for m in methods])
+    return markdown_rows(header, [[m, *(cell(found[m, size]) for size in sizes)] for m in methods])
 
 
 def adapters_table(record: dict) -> str:
@@ -116,7 +111,7 @@ def adapters_table(record: dict) -> str:
         lines.setdefault((r["value_models"], r["kind"]), []).append(cell)
     header = ["value models", "kind", *(f"batch {size}: tokens/s, of merged" for size in sizes), "MiB"]
     memory = record["mebibytes"]
-    return table(header, [[n, kind, *cells, memory[f"{kind}_{n}"]] for (n, kind), cells in lines.items()])
+    return markdown_rows(header, [[n, kind, *cells, memory[f"{kind}_{n}"]] for (n, kind), cells in lines.items()])
 
 
 def training_table(record: dict) -> str:
@@ -130,13 +125,13 @@ def training_table(record: dict) -> str:
         for what, key in (("training", "training"), ("predicting", "forward"))
     ]
     rows.append(["tokens", record["tokens_node"], record["tokens_tree"], f"{record['tokens_ratio']:.2f}"])
-    return table(["", "a path per node, ms/node", "a tree at once, ms/node", "ratio"], rows)
+    return markdown_rows(["", "a path per node, ms/node", "a tree at once, ms/node", "ratio"], rows)
 
 
 def labelling_table(rows: Sequence[dict]) -> str:
     """Tokens and seconds of both ways of reading texts."""
     header = ["reward", "texts", "tokens alone", "tokens shared", "ratio", "seconds alone", "seconds shared", "ratio"]
-    return table(
+    return markdown_rows(
         header,
         [
             [

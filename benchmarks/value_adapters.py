@@ -13,7 +13,6 @@ run in turns in one process; ratios are of the medians.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -21,23 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import conditions, in_turns  # noqa: E402
+from benchmarks.measuring import add_decoding_arguments, answer, conditions, in_turns, keep, random_prompts  # noqa: E402
 from utils import cli  # noqa: E402
-from utils.cli import aligned  # noqa: E402
 
 KINDS = ("apart", "merged", "stacked")
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="anthropic", help="whose reference")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=16, help="tokens of each answer, all of this length")
-    parser.add_argument("--topk", type=int, default=15, help="candidates per step")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
-    parser.add_argument("--output", type=Path, help="JSON file of the rows")
-    cli.add_common(parser)
+    add_decoding_arguments(parser, max_new_tokens=16)
     return parser
 
 
@@ -50,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     reference, tokenizer = load_reference(config, config.dataset(args.dataset), device)
     models = value_models(config, tokenizer, vocabulary_size(reference), device)
     rows: list[dict] = []
-    for batch_size in cli.progress(args.batch_size, desc="batch sizes", unit="size"):
+    for batch_size in args.batch_size:
         rows += measure(reference, models, batch_size, args, device)
     record = {
         "rows": rows,
@@ -60,10 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
     }
     print(f"{record['device']}, {record['dtype']}")
-    print("\n".join(aligned([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(cli.aligned([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])))
+    keep(record, args.output)
     return 0
 
 
@@ -90,19 +79,12 @@ def value_models(config, tokenizer, vocab_size: int, device) -> dict[str, list]:
 
 def measure(reference, models, batch_size: int, args, device) -> list[dict]:
     """One row per number of value models and kind."""
-    import torch
-
-    from utils.decoding import decode
     from utils.policies import MavisPolicy, ReferencePolicy
 
-    size = (batch_size, args.prompt_tokens)
-    half = reference.get_input_embeddings().num_embeddings // 2
-    prompts = torch.randint(10, half, size, generator=torch.Generator().manual_seed(0)).tolist()
-    keys = [(0, i) for i in range(batch_size)]
+    prompts = random_prompts(reference, batch_size, args.prompt_tokens)
 
     def run(policy) -> int:
-        options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": None, "batch_size": batch_size}
-        return sum(len(c.token_ids) for c in decode(policy, prompts, keys=keys, **options))
+        return answer(policy, prompts, args.max_new_tokens)
 
     def steered(kind: str, n: int) -> int:
         return run(MavisPolicy(reference, models[kind][:n], [1.0 / n] * n, beta=4.0, top_k=args.topk))

@@ -17,13 +17,13 @@ trees until it has --tokens, but for the validation trees' prompts; all are judg
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measuring import keep  # noqa: E402
 from utils import cli  # noqa: E402
 
 
@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python benchmarks/value_models.py " + " ".join(sys.argv[1:] if argv is None else argv),
     }
     print_rows(rows)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, args.output)
     return 0
 
 
@@ -122,6 +120,7 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
     import numpy as np
     import torch
 
+    from utils.cached_models import backbone_of
     from utils.models import load_causal_lm, pick_dtype
     from utils.node_values import backbone_inputs
     from utils.tree_examples import Example, preorder
@@ -129,7 +128,7 @@ def read_states(config, dataset, trees, layers: list[int], device) -> dict:
 
     path = str(config.sft_path(dataset))
     model = load_causal_lm(path, device, pick_dtype(config, device), num_layers=max(layers))
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     found = {(n, pooling): [] for n in layers for pooling in ("last", "mean")}
     more = {"group": [], "depth": [], "leaf": []} | {("target", o): [] for o in dataset.objectives}
     bar = cli.progress(total=len(trees), desc="states", unit="tree")

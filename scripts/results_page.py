@@ -32,12 +32,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines) + "\n"
-
-
 def read(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -77,7 +71,7 @@ def reward_section(config) -> str:
         "cross-validated",
         "bag of words, same examples",
     ]
-    return table(head, rows)
+    return cli.markdown_rows(head, rows)
 
 
 def value_section(config, iteration: int) -> str:
@@ -104,7 +98,7 @@ def value_section(config, iteration: int) -> str:
         "objective", "trees: training / validation", "validation nodes", "explained variance", "within a prompt",
         "correlation within a prompt", "token table: explained within (leaves)", "its correlation within", "minutes",
     ]  # fmt: skip
-    return table(head, rows)
+    return cli.markdown_rows(head, rows)
 
 
 def minutes_of(metrics: dict) -> str:
@@ -125,13 +119,14 @@ def minutes_section(log: Path) -> str:
         groups[name.split(",")[0]].append(seconds)
     rows = [[name, len(s), f"{sum(s) / 60:.1f}"] for name, s in groups.items()]
     rows.append(["all", "", f"{sum(map(sum, groups.values())) / 60:.0f}"])
-    return table(["stage", "runs", "minutes"], rows)
+    return cli.markdown_rows(["stage", "runs", "minutes"], rows)
 
 
 def report_section(folder: Path, figures: Path, prefix: str) -> str:
     """A report's Markdown one level down, its figures copied beside the page."""
     text = (folder / "report.md").read_text()
-    for image in sorted(folder.glob("*.png")):
+    shown = (image for image in sorted(folder.glob("*.png")) if f"]({image.name})" in text)  # not an earlier report's
+    for image in shown:
         shutil.copyfile(image, figures / (prefix + image.name))
         text = text.replace(f"]({image.name})", f"](figures/{prefix}{image.name})")
         text = text.replace(f"![{image.name}]", f"![{image.stem}]")

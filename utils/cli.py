@@ -244,6 +244,12 @@ def aligned(rows: Sequence[Sequence]) -> list[str]:
     return ["  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def markdown_rows(header: Sequence, rows: Sequence[Sequence]) -> str:
+    """A Markdown table of cells of any kind."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |\n" for line in lines)
+
+
 def found(path: str, made_by: str = "") -> str:
     """Where a model or folder would come from, for `report_dry_run`."""
     if os.path.exists(path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from utils.cached_models import pools_mean, without_adapter
+from utils.cached_models import backbone_of, pools_mean, without_adapter
 from utils.tree_examples import Example
 from utils.tree_layouts import TOKENS_PER_PASS, Batch, collate, lay_out, make_units, passes, response_mean
 
@@ -28,7 +28,7 @@ def backbone_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]
 def _head_and_states(model, batch: Batch):
     """The sequence-classification model under any adapter, and its hidden states (B, L, H)."""
     head = without_adapter(model)
-    backbone = getattr(head, head.base_model_prefix)
+    backbone = backbone_of(head)
     inputs = backbone_inputs(batch, next(backbone.parameters()).dtype)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     return head, hidden.to(head.score.weight.dtype)

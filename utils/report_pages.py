@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.cli import markdown_rows
 from utils.files import plain, write_atomically
 from utils.reports import GENERATED, WEIGHTED, Figure, Point, Section, SectionReport, grouped
 from utils.runs import describe_weights
@@ -251,8 +252,7 @@ def text_table(table: Table) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *table.body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return markdown_rows(table.header, table.body)
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
