@@ -35,6 +35,26 @@ stage() {
   fi
 }
 
+# aside NAME COMMAND...: a stage beside the next ones, for what these do not wait for; it ends with the script.
+# joined: wait for it, print what it said, and fail where it failed.
+aside() {
+  ASIDE_SAID=$(mktemp)
+  set -m  # a process group of its own, so that all of it can be ended
+  stage "$@" > "$ASIDE_SAID" 2>&1 < /dev/null &
+  ASIDE=$!
+  set +m
+  trap 'kill -- -"$ASIDE" 2> /dev/null || true; rm -f "$ASIDE_SAID"' EXIT
+}
+
+joined() {
+  local status=0
+  wait "$ASIDE" || status=$?
+  cat "$ASIDE_SAID"
+  rm -f "$ASIDE_SAID"
+  trap - EXIT
+  return $status
+}
+
 # workspace_of ARGUMENTS...: the workspace that a stage with these arguments works in.
 workspace_of() { of_config workspace "$@"; }
 

@@ -19,15 +19,18 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # models this small lose more by w
 export HF_HUB_OFFLINE=1
 
 stage "world" python scripts/tiny/make_world.py --workspace "$WORKSPACE"
+aside "reward model" python Finetuning/RM/train_reward_model.py --objective humor "${WORLD[@]}"
 stage "prompts" python dataset_preprocess.py anthropic --split=train "${WORLD[@]}"
 stage "prompts" python dataset_preprocess.py anthropic --split=test "${WORLD[@]}"
 stage "fine-tuning" python Finetuning/SFT/sft.py --save_directory "$WORKSPACE/sft_lora" --wandb_name anthropic --exp_type assistant "${WORLD[@]}"
 stage "merge" python Finetuning/SFT/merge_sft_lora.py --lora_name "$WORKSPACE/sft_lora/anthropic" --exp_type assistant "${WORLD[@]}"
-stage "reward model" python Finetuning/RM/train_reward_model.py --objective humor "${WORLD[@]}"
 stage "trees" python get_data_base.py 0 300 "${DATA[@]}" "${WORLD[@]}"
+joined
 stage "labels" python label_tree.py "$TREES" all "${DATA[@]}" "${WORLD[@]}"
 stage "split" python split_data.py "$TREES" --output_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
-stage "value models" python train_value_model.py --objective help,harm --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+aside "value model of harm" python train_value_model.py --objective harm --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+stage "value model of help" python train_value_model.py --objective help --data_dir "$TRAINING" "${DATA[@]}" "${WORLD[@]}"
+joined
 stage "token tables" python fit_token_table.py "$TRAINING" help,harm "${DATA[@]}" "${WORLD[@]}"
 
 stage "reference" python baseline_eval.py "${DATA[@]}" "${WORLD[@]}"

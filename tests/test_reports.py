@@ -18,7 +18,7 @@ import yaml
 import pareto_report
 from tests.runs_for_tests import LABEL, make_run, make_world
 from utils.cli import DataError, UsageError
-from utils.report_pages import Table, fenced, markdown_table, shortened
+from utils.report_pages import Table, amount, fenced, markdown_table, shortened
 from utils.reports import at_equal_kl, between_methods, load_points, point_rows, sections_of, series_names, spans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -588,3 +588,8 @@ def test_seeds_on_unequal_prompts_are_pooled_and_their_spread_is_over_the_shared
     assert point.over_seeds("help")[0] == pytest.approx([tables[0].loc[:5].mean(), tables[1].mean()])
     (row,) = point_rows(sections_of([point])[0])
     assert row["seeds"] == [0, 1] and row["prompts"] == 8
+
+
+def test_a_price_is_shown_to_three_digits_however_small_it_is():
+    shown = {0.000412: "0.000412", 1.2264: "1.23", 73.44: "73.4", 203.6: "204", 999.7: "1000", math.nan: "-"}
+    assert [amount(price) for price in shown] == list(shown.values())

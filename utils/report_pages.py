@@ -61,6 +61,11 @@ def number(value, digits: int = 3) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def amount(value: float) -> str:
+    """A price to three digits, however small (the tiny world's) or large it is."""
+    return "-" if not math.isfinite(value) else f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
 def interval(entry: Mapping, value: str = "mean") -> str:
     text = number(entry[value])
     return text if not math.isfinite(entry["low"]) else f"{text} [{number(entry['low'])}, {number(entry['high'])}]"
@@ -102,7 +107,7 @@ def main_table(report: SectionReport) -> Table:
                 str(r["prompts"]) + (f" x {len(r['seeds'])} seeds" if len(r["seeds"]) > 1 else ""),
                 *cells(r, own),
                 kl_text(r),
-                number(r["seconds_per_prompt"]),
+                amount(r["seconds_per_prompt"]),
                 number(r["tokens"], 1),
                 number(r[GENERATED], 1),
                 f"yes{in_series}" if r["dominated"] else "",
@@ -124,9 +129,9 @@ def work_table(report: SectionReport) -> Table:
             describe_weights(r["weights"]) or "-",
             number(r["language_tokens"], 0),
             number(r["value_tokens"], 0),
-            number(r["gflop"], 1),
-            number(r["gflop"] / least, 1),
-            number(r["seconds_per_prompt"]),
+            amount(r["gflop"]),
+            amount(r["gflop"] / least),
+            amount(r["seconds_per_prompt"]),
             *(number(r["rewards"][o]["mean"]) for o in report.section.objectives),
             kl_text(r),
         ]
