@@ -34,6 +34,7 @@ class Completion:
         step_log_ratios: the terms of log_ratio, one a step; empty after a beam search.
         value: in beam search, the unnormalised combined value of its last token, by which it was ranked.
         steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
+        text: of an answer that came as a text; None where it is what the tokens say.
     """
 
     token_ids: list[int]
@@ -44,6 +45,7 @@ class Completion:
     step_log_ratios: list[float] = field(default_factory=list)
     steps: list[dict] | None = None
     value: float = float("nan")
+    text: str | None = None
 
 
 @dataclass

@@ -125,6 +125,8 @@ class Method:
         shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
         beams_per_candidate: rows that are decoded for each candidate that comes out.
         kl_added: see RunSpec.
+        decodes: answers are decoded here, so that the arguments of decoding determine them.
+        determining: what else does, see RunSpec.
     """
 
     name: str
@@ -138,6 +140,8 @@ class Method:
     shares_candidates: bool = False
     beams_per_candidate: float = 1.0
     kl_added: float = 0.0
+    decodes: bool = True
+    determining: dict = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -266,7 +270,7 @@ def answer_part(
     keys = [(seed, i, t) for i, t in part]
     candidates = generate([tokens[i] for i, _ in part], keys, tick)
     # Decoding alone, shared by the answers that were decoded together.
-    seconds = generate.seconds(keys) if isinstance(generate, Remembered) else time.perf_counter() - began
+    seconds = generate.seconds(keys) if hasattr(generate, "seconds") else time.perf_counter() - began
     seconds /= len(part)
     how = {"track_kl": track_kl, "extra": extra or {}, "work": work or {}}
     return pick(part, candidates, prompts, to_text=to_text, score=score, weights=weights, seconds=seconds, **how)
@@ -293,7 +297,7 @@ def pick(
 
     owner = [n for n, group in enumerate(candidates) for _ in group]
     flat = [completion for group in candidates for completion in group]
-    texts = [to_text(completion.token_ids) for completion in flat]
+    texts = [to_text(c.token_ids) if c.text is None else c.text for c in flat]
     asked = [prompts[part[n][0]] for n in owner]
     rewards = {name: np.asarray(values, np.float64) for name, values in score(asked, texts).items()}
     total = sum((w * rewards[name] for name, w in weights.items()), np.zeros(len(flat)))
@@ -363,6 +367,18 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
         o = config.objective(name)
         source = o.function or fingerprint(config.locate(o.path))
         rewards[name] = [o.kind, source, o.label, o.sign, o.text, o.max_length]
+    arguments = {
+        "data_split": settings.split,
+        "seed": settings.seed,
+        "topk": settings.top_k,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "num_samples": method.num_samples,
+        "track_KL": settings.track_kl,
+        **({"suppress_first_eos": True} if settings.suppress_first_eos else {}),  # off: as before there was a switch
+    }
+    if not method.decodes:
+        arguments = {name: arguments[name] for name in ("data_split", "seed", "temperature", "track_KL")}
     return RunSpec(
         kind=method.kind,
         dataset=spec.name,
@@ -372,18 +388,7 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
         series=method.series,
         indices=tuple(prompts),
         num_trials=settings.num_trials,
-        arguments={
-            "data_split": settings.split,
-            "seed": settings.seed,
-            "topk": settings.top_k,
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-            "num_samples": method.num_samples,
-            "track_KL": settings.track_kl,
-            **(
-                {"suppress_first_eos": True} if settings.suppress_first_eos else {}
-            ),  # off: as before there was a switch
-        },
+        arguments=arguments,
         setting={
             "config": str(config.path),
             "workspace": str(config.workspace),
@@ -399,6 +404,7 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
             "shown": [spec.prompt_format, spec.reference_template],
             "dtype": [config.cpu_dtype, config.gpu_dtype],
             "rewards": rewards,
+            **method.determining,
         },
         configuration=config.as_dict(),
         kl_added=method.kl_added,

@@ -62,8 +62,14 @@ def number(value, digits: int = 3) -> str:
 
 
 def amount(value: float) -> str:
-    """A price to three digits, however small (the tiny world's) or large it is."""
-    return "-" if not math.isfinite(value) else f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+    """A price to three digits, however small (the tiny world's) or large it is; 0 is a price that nobody told."""
+    return (
+        "-"
+        if not math.isfinite(value) or not value
+        else f"{value:.0f}"
+        if abs(value) >= 999.5
+        else f"{value:#.3g}".rstrip(".")
+    )
 
 
 def interval(entry: Mapping, value: str = "mean") -> str:

@@ -202,7 +202,7 @@ def summarize(samples: Sequence[Mapping]) -> dict[str, Statistic]:
         figures[name] = Statistic(*mean_and_error([r[name] for r in rows if not math.isnan(r[name])]))
     seconds = sum(s["seconds"] for s in samples)
     generated = sum(s["generated_tokens"] for s in samples)
-    figures["seconds_per_prompt"] = Statistic(seconds / len(samples))
+    figures["seconds_per_prompt"] = Statistic(seconds / len(samples) if seconds > 0 else math.nan)
     figures["tokens_per_second"] = Statistic(generated / seconds if seconds > 0 else math.nan)
     return figures
 
@@ -581,8 +581,8 @@ def describe_weights(weights: Mapping[str, float]) -> str:
 def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
     """summary.txt: what was run, then each figure with its errors."""
 
-    def number(value: float) -> str:
-        return "-" if math.isnan(value) else f"{value:.4f}"
+    def number(value: float, digits: int = 4) -> str:
+        return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
     indices, kl_added = arguments["indices"], arguments["kl_added"]
     head = {
@@ -613,7 +613,7 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
             f"{number(search['kl'])} (s.e. {number(search['error'])}) on one answer per prompt"
         )
     lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
-    lines.append(f"{'tokens per second':<24}{figures['tokens_per_second'].mean:.1f}")
+    lines.append(f"{'tokens per second':<24}{number(figures['tokens_per_second'].mean, 1)}")
     lines.append(f"{'tokens per answer':<24}{figures['tokens'].mean:.1f}")
     if all(name in figures for name in WORK):
         language, value, gflop = (figures[name].mean for name in WORK)

@@ -20,56 +20,41 @@ PRESETS = {
     "v1": {"top_k": 15, "normalization": "minmax", "clip_values": True, "suppress_first_eos": False},
     "v3": {"top_k": 40, "normalization": "none", "clip_values": False, "suppress_first_eos": True},
 }
+# What a script lacks that decodes nothing.
+OF_DECODING = ("front", "points", "prompt", "preset", "topk", "suppress_first_eos", "max_new_tokens", "batch_size")
 
 
-def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True) -> None:
-    """The arguments that all evaluation scripts share; `track_kl` says whether --track_KL is one."""
+def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True, decodes: bool = True) -> None:
+    """The arguments that all evaluation scripts share.
+
+    Args:
+        track_kl: whether --track_KL is one.
+        decodes: whether those are that say how answers are decoded, and for how many points.
+    """
     task = parser.add_argument_group("what is evaluated")
     task.add_argument("--dataset", required=True, help="data set of the configuration, e.g. anthropic")
     task.add_argument(
         "--obj_weights",
         action="append",
         metavar="WEIGHTS",
-        help="weights in the data set's order of objectives, e.g. 0.2,,0.8 (they sum to 1); may be repeated, for "
-        "several points from one load of the models",
+        help="weights in the data set's order of objectives, e.g. 0.2,,0.8 (they sum to 1)"
+        + ("; may be repeated, for several points from one load of the models" if decodes else ""),
     )
-    task.add_argument(
-        "--front",
-        metavar="A,B",
-        help="instead of --obj_weights: points that are evenly spaced between two objectives, e.g. help,harm; all: of "
-        "every pair of the data set's",
-    )
-    task.add_argument("--points", type=int, help="points of each --front, both ends included (default: 6)")
+    decoding = parser.add_argument_group("decoding" if decodes else "the answers")
+    if decodes:
+        _add_points(task)
+        _add_decoding(decoding)
+    else:
+        parser.set_defaults(**dict.fromkeys(OF_DECODING))
+    whose = "the configuration's" if decodes else "the file's"
     task.add_argument("--data_split", default="test", help="split whose prompts are answered (default: test)")
     task.add_argument("--num_prompts", type=int, help="number of prompts (default: the configuration's)")
     task.add_argument("--start_index", type=int, default=0, help="index of the first prompt (default: 0)")
-    task.add_argument("--num_trials", type=int, help="answers per prompt (default: the configuration's)")
-    task.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="answer this text of yours (- reads it from standard input) at each point and write no run folder; may be "
-        "repeated",
-    )
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument(
-        "--preset",
-        metavar="{" + ",".join(PRESETS) + "}",
-        help="decoding of a published version: v1 (k 15, min-max) or v3 (k 40, values as they are, unclipped, no empty "
-        "answer); other flags win over it",
-    )
-    decoding.add_argument("--topk", type=int, help="candidates kept per step (default: the configuration's)")
+    task.add_argument("--num_trials", type=int, help=f"answers per prompt (default: {whose})")
     decoding.add_argument(
         "--temperature", type=float, help="divides the reference's logits (default: the configuration's)"
     )
-    decoding.add_argument(
-        "--suppress_first_eos",
-        action=BooleanOptionalAction,
-        help="forbid the end-of-sequence token as the first new token (default: off; v3: on)",
-    )
-    decoding.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: the data set's)")
     decoding.add_argument("--seed", type=int, help="seed of the sampling (default: the configuration's)")
-    decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
     record = parser.add_argument_group("record")
     if track_kl:
         record.add_argument(
@@ -82,6 +67,42 @@ def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True) -
         parser.set_defaults(track_KL=False)
     record.add_argument("--rerun", action="store_true", help="start anew where the same run is already complete")
     add_common(parser)
+
+
+def _add_points(task) -> None:
+    """Several points, and the user's own texts."""
+    task.add_argument(
+        "--front",
+        metavar="A,B",
+        help="instead of --obj_weights: points that are evenly spaced between two objectives, e.g. help,harm; all: of "
+        "every pair of the data set's",
+    )
+    task.add_argument("--points", type=int, help="points of each --front, both ends included (default: 6)")
+    task.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="answer this text of yours (- reads it from standard input) at each point and write no run folder; may be "
+        "repeated",
+    )
+
+
+def _add_decoding(decoding) -> None:
+    """How answers are decoded."""
+    decoding.add_argument(
+        "--preset",
+        metavar="{" + ",".join(PRESETS) + "}",
+        help="decoding of a published version: v1 (k 15, min-max) or v3 (k 40, values as they are, unclipped, no empty "
+        "answer); other flags win over it",
+    )
+    decoding.add_argument("--topk", type=int, help="candidates kept per step (default: the configuration's)")
+    decoding.add_argument(
+        "--suppress_first_eos",
+        action=BooleanOptionalAction,
+        help="forbid the end-of-sequence token as the first new token (default: off; v3: on)",
+    )
+    decoding.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: the data set's)")
+    decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
 
 
 def add_tilt_arguments(parser: ArgumentParser, title: str, *, kl_budget: bool = True) -> None:

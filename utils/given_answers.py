@@ -1,0 +1,188 @@
+"""Answers that were made elsewhere, put in the place of decoding: any method is scored as the project's own are.
+
+A file has a row per answer: `response`, and `index` (the prompt's number in the data set's CSV), `prompt` (its text as
+it stands there) or both. It may have `trial` (left out: answers to a prompt are counted as they come), `log_prob` (the
+sum of the method's own log-probabilities of the answer's tokens, from which the KL is estimated), `finished` (whether
+it ended by itself) and `seconds`. What else a row has is not looked at, so a run's samples.jsonl is such a file too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.cli import DataError
+from utils.data import read_rows
+from utils.decoding import Completion, score_texts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt; `log_prob` is nan and `seconds` is 0 where the file does not say."""
+
+    response: str
+    log_prob: float = math.nan
+    finished: bool = True
+    seconds: float = 0.0
+
+
+Key = tuple[int, int]  # a prompt's index and the trial
+
+
+def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None = None) -> dict[Key, Answer]:
+    """The answers to these prompts; those to others are left out.
+
+    Args:
+        file: JSON lines, a JSON list, CSV or Parquet, plain or gzipped.
+        prompts: {index: the data set's prompt}.
+        num_trials: answers per prompt that are wanted; None: as many as the file has.
+
+    Raises:
+        DataError: a row that cannot be used, two answers of one trial, a prompt that has too few answers.
+    """
+    numbers = {text: index for index, text in prompts.items()}
+    found: dict[Key, Answer] = {}
+    strangers = 0
+    for place, row in enumerate(read_rows(Path(file)), start=1):
+        where = f"{file}, answer {place}"
+        index = _index_of(row, prompts, numbers, where)
+        if index is None:
+            strangers += 1
+            continue
+        trial = _number(row, "trial", where, whole=True)
+        if trial is None:
+            trial = sum(known == index for known, _ in found)
+        if (index, trial) in found:
+            raise DataError(f"{where}: a second answer of trial {trial} to prompt {index}")
+        found[index, trial] = _answer_of(row, where)
+    if not found:
+        raise DataError(f"{file} has no answer to any of the {len(prompts)} prompts that are evaluated")
+    trials = num_trials or 1 + max(trial for _, trial in found)
+    missing = [(i, t) for i in prompts for t in range(trials) if (i, t) not in found]
+    if missing:
+        index, trial = missing[0]
+        others = f", and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
+        raise DataError(
+            f"{file} has no answer of trial {trial} to prompt {index}{others}: {trials} to each of {len(prompts)} "
+            f"prompts are wanted; --num_prompts, --start_index and --num_trials say how many"
+        )
+    kept = {key: found[key] for key in sorted(found) if key[1] < trials}
+    if len({math.isnan(answer.log_prob) for answer in kept.values()}) > 1:
+        raise DataError(f"{file} has a log_prob for some answers only; give it for all of them, or for none")
+    if left := strangers + len(found) - len(kept):
+        print(f"{left} answers in {file} are to other prompts or of further trials, and are left out")
+    return kept
+
+
+def _index_of(row: Mapping, prompts: Mapping[int, str], numbers: Mapping[str, int], where: str) -> int | None:
+    """The number of the prompt that a row answers; None where it is not evaluated."""
+    index, text = _number(row, "index", where, whole=True), row.get("prompt")
+    if index is None and not isinstance(text, str):
+        raise DataError(f"{where}: it names no prompt, by index or prompt")
+    if index is None:
+        return numbers.get(text)
+    if index in prompts and isinstance(text, str) and text != prompts[index]:
+        raise DataError(
+            f"{where}: prompt {index} of the data set is another text than the row's; are these the same split and the "
+            f"same prompts? {prompts[index][:60]!r}, {text[:60]!r}"
+        )
+    return index if index in prompts else None
+
+
+def _answer_of(row: Mapping, where: str) -> Answer:
+    response = row.get("response")
+    if not isinstance(response, str):
+        raise DataError(f"{where}: no response that is a text")
+    try:
+        response.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: the response is not valid Unicode") from None
+    finished = row.get("finished")
+    if finished in (None, ""):
+        finished = True
+    if str(finished).lower() not in ("true", "false"):
+        raise DataError(f"{where}: finished is {finished!r}, neither true nor false")
+    log_prob, seconds = _number(row, "log_prob", where), _number(row, "seconds", where)
+    if log_prob is not None and log_prob > 0:
+        raise DataError(f"{where}: log_prob is {log_prob:g}; the logarithm of a probability is at most 0")
+    if seconds is not None and seconds < 0:
+        raise DataError(f"{where}: seconds is {seconds:g}, below 0")
+    return Answer(
+        response.strip(),
+        math.nan if log_prob is None else log_prob,
+        str(finished).lower() == "true",
+        seconds or 0.0,
+    )
+
+
+def _number(row: Mapping, name: str, where: str, *, whole: bool = False) -> float | int | None:
+    """A row's number of that name; None where it has none. A CSV's cells are texts, and an empty one is none."""
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or (whole and (number < 0 or number != int(number))):
+        kind = "a whole number of at least 0" if whole else "a finite number"
+        raise DataError(f"{where}: {name} is {value!r}, not {kind}")
+    return int(number) if whole else number
+
+
+def fingerprint_of(answers: Mapping[Key, Answer]) -> str:
+    """What tells one set of answers from another, wherever the file lies and in whatever order."""
+    rows = [[*key, *asdict(answers[key]).values()] for key in sorted(answers)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+class GivenAnswers:
+    """Answers in the place of a policy and of its decoding (`evaluation.Generate`).
+
+    Args:
+        reference: reads each answer once, for its log-probability; None: that is left out.
+        temperature: of the reference, as of every other method's.
+    """
+
+    def __init__(self, answers: Mapping[Key, Answer], tokenizer, reference=None, *, temperature: float = 1.0):
+        self.answers, self.tokenizer, self.reference = answers, tokenizer, reference
+        self.temperature = temperature
+        self.context = getattr(getattr(reference, "config", None), "max_position_embeddings", None)
+
+    def work(self) -> dict[str, float]:
+        """What a token took is not known."""
+        return {}
+
+    def tokens_of(self, answer: Answer) -> list[int]:
+        """An answer as the reference's tokenizer has it, with the end of sequence where it ended by itself."""
+        ids = self.tokenizer(answer.response, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id] if answer.finished else list(ids)
+
+    def seconds(self, keys: Sequence[tuple[int, ...]]) -> float:
+        """What the file says that these answers took."""
+        return sum(self.answers[key[1:]].seconds for key in keys)
+
+    def __call__(self, prompts, keys, on_completion=None) -> list[list[Completion]]:
+        answers = [self.answers[key[1:]] for key in keys]
+        tokens = [self.tokens_of(answer) for answer in answers]
+        scores = [math.nan] * len(answers)
+        if self.reference is not None:
+            for (_, index, trial), prompt, ids in zip(keys, prompts, tokens, strict=True):
+                if self.context and len(prompt) + len(ids) > self.context:
+                    raise DataError(
+                        f"answer {trial} to prompt {index} has {len(ids)} tokens, and with its prompt more than the "
+                        f"{self.context} that the reference reads; --no-track_KL scores it without that"
+                    )
+            scores = score_texts(self.reference, prompts, tokens, temperature=self.temperature)
+        completions = []
+        for answer, ids, score in zip(answers, tokens, scores, strict=True):
+            log_ratio = answer.log_prob - score
+            given = Completion(ids, log_ratio, answer.finished, answer.log_prob, score, text=answer.response)
+            completions.append([given])
+            if on_completion is not None:
+                on_completion(len(ids))
+        return completions
