@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a Pareto front that was steered at decoding time: every stage in the tiny world, offline, on a CPU.
 #
-#   bash scripts/quickstart.sh          about 5 minutes on 2 CPU cores, after the installation
+#   bash scripts/quickstart.sh          about 3 minutes on 2 CPU cores, after the installation
 #
 # The world is a generated language (utils/tiny_world.py), so its figures say nothing about real text: they show that
 # the chain works. Stopped at any moment, the same command goes on. WORKSPACE names another folder.

@@ -97,6 +97,10 @@ STAGES = {
             "baseline_eval, best of 4", "baseline_eval", f"{STEER} --num_samples 4 --obj_weights 0.5,0.5",
             ("preprocess_test",),
         ),
+        Stage(
+            "answers_eval", "answers_eval", f"{{ws}}/answers.jsonl --method_name mine {STEER}",
+            ("preprocess_test", "answers"),
+        ),
         Stage("pareto_report", "pareto_report", "{ws}/runs --output_dir {ws}/report", ("runs",), True, False),
         Stage("ppo", "ppo", f"{PPO} --alpha 0.5 --save_steps 1", ("preprocess_train",)),
         Stage(
@@ -213,6 +217,7 @@ class World:
             "value_models": [self._copied_value_models],
             "sft": [Stage("", "sft", STAGES["sft"].argv)],
             "singles": [preprocess("train"), Stage("", "ppo", f"{PPO} --alpha 1"), copy_single],
+            "answers": [self._make_answers],
             "runs": [preprocess("test"), self._make_runs],
         }[name]
 
@@ -224,6 +229,10 @@ class World:
         shutil.rmtree(self.ws, ignore_errors=True)
         here.rename(self.ws)
         shutil.copytree(made / "value_models", self.ws / "value_models")
+
+    def _make_answers(self) -> None:
+        rows = [{"index": i, "trial": t, "response": "." * t} for i in range(3) for t in range(2)]
+        (self.ws / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _make_runs(self) -> None:
         for argv in (STEER, f"{STEER} --num_samples 2 --obj_weights 1", f"{STEER} --num_samples 2 --obj_weights 0,1"):

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from utils import cli, hdf5_utils, pickled_trees, reports, runs, soups
 from utils.config import REPOSITORY, ConfigError, load_config
 from utils.data import read_prompts
+from utils.given_answers import read_answers
 from utils.token_table import load_token_table, save_token_table
 from utils.trees import Tree
 
@@ -36,7 +37,7 @@ sys.path[:0] = [str(REPOSITORY / "Finetuning" / n) for n in ("", "PPO", "ARM", "
 ONE_LINE = (cli.UsageError, cli.DataError, ConfigError, OSError)  # what `cli.run` turns into one line
 MANY = {
     "arguments": 2500, "configurations": 1500, "prompts": 1500, "trees": 2500, "run_folders": 800, "adapters": 600,
-    "token_tables": 1000, "pickles": 2500,
+    "token_tables": 1000, "answers": 1000, "pickles": 2500,
 }  # fmt: skip
 assert sum(MANY.values()) >= 10_000
 
@@ -152,8 +153,8 @@ PLAIN = st.recursive(
 SCRIPTS = (
     "dataset_preprocess", "get_data_base", "get_data_iter", "label_tree", "label_tree_soft", "split_data",
     "train_value_model", "fit_token_table", "fit_judges", "convert_trees", "mavis", "mavis_bs", "baseline_eval",
-    "baseline_eval_KL", "mod_eval", "pareto_report", "ppo", "train_arm", "sft", "merge_sft_lora", "reward_soup_merge",
-    "train_reward_model",
+    "baseline_eval_KL", "mod_eval", "answers_eval", "pareto_report", "ppo", "train_arm", "sft", "merge_sft_lora",
+    "reward_soup_merge", "train_reward_model",
 )  # fmt: skip
 
 
@@ -412,6 +413,29 @@ def test_a_damaged_token_table_is_refused_or_read_as_it_was(hit, size):
     assert found is None or np.array_equal(found, table)
 
 
+# -------------------------------------------------------------------------------------------------------- given answers
+
+ASKED = {index: f"question {index}" for index in range(3)}
+GIVEN = [
+    {"index": i, "trial": t, "prompt": ASKED[i], "response": f"answer {i} {t}", "log_prob": -1.5 * i, "finished": i > 0}
+    for i in ASKED
+    for t in range(2)
+]
+
+
+@fuzz("answers", 40, hit=st.one_of(damage(), text_damage()))
+def test_damaged_answers_are_refused_or_answer_every_prompt(hit):
+    file = workplace() / "answers.jsonl"
+    file.write_bytes(hit("".join(json.dumps(row) + "\n" for row in GIVEN).encode()))
+    with redirect_stdout(io.StringIO()):
+        found, _ = ends(read_answers, file, ASKED)
+    if found is not None:
+        trials = 1 + max(trial for _, trial in found)
+        assert list(found) == [(i, t) for i in ASKED for t in range(trials)]
+        for answer in found.values():
+            assert answer.response.encode() is not None and answer.seconds >= 0 and not answer.log_prob > 0
+
+
 # ------------------------------------------------------------------------------------------------------------- pickles
 
 
@@ -456,6 +480,9 @@ def test_what_is_damaged_here_is_read_where_it_is_whole():
     assert all(same_tree(hdf5_utils.read_tree(tree_folder(), i), make_tree(i)) for i in range(4))
     assert len(reports.load_points([run_folder()])[0]) == 1
     assert soups.read_adapter(adapter_folder())[1]
+    whole = workplace() / "whole.jsonl"
+    whole.write_text("".join(json.dumps(row) + "\n" for row in GIVEN))
+    assert [a.response for a in read_answers(whole, ASKED).values()] == [row["response"] for row in GIVEN]
     for data in pickles():
         pickled_trees.read_pickle(data)
     assert math.isfinite(json.loads("1"))

@@ -1,5 +1,6 @@
 """Every command of the README is run as it stands, in the tiny world, with small numbers in place of large ones."""
 
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ SMALL = {
     "fit_candidate_heads.py": ["--num_prompts", "10", "--num_epochs", "1"],
     "train_value_model.py": ["--num_epochs", "1"],
     **dict.fromkeys(
-        ("mavis.py", "mavis_bs.py", "baseline_eval.py", "baseline_eval_KL.py", "mod_eval.py"),
+        ("mavis.py", "mavis_bs.py", "baseline_eval.py", "baseline_eval_KL.py", "mod_eval.py", "answers_eval.py"),
         ["--num_prompts", "3", "--num_trials", "1"],
     ),
 }
@@ -49,6 +50,9 @@ def test_the_readmes_commands_run_in_the_tiny_world(tiny_world, tmp_path, monkey
         )
         == 0
     )
+
+    rows = [{"index": i, "response": "marook"} for i in range(3)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # "wherever they were made"
 
     ran = set()
     for words in readme_commands():

@@ -126,6 +126,15 @@ def test_what_the_stages_say_is_what_the_page_says_they_say(world):
     assert re.search("> tell me of ice and snow and tea" + ends, said)
 
 
+def test_the_pages_own_method_stands_in_the_report_with_its_kl(world):
+    """A lower temperature without a top-k cut; that its answers are scored right is tests/test_given_answers.py's."""
+    [section] = json.loads((world.folder / "report" / "report.json").read_text())["sections"]
+    [cool] = [run for run in section["runs"] if run["series"] == "cool"]
+    assert cool["prompts"] == 40 and cool["trials"] == 3 and cool["kl"] > 0 and cool["seconds_per_prompt"] > 0
+    assert set(cool["rewards"]) == {"on_topic", "warm"}
+    assert "| cool |" in (world.folder / "report" / "report.md").read_text()
+
+
 def test_no_test_prompt_was_trained_on(world):
     def prompts(split):
         with (world.folder / f"datasets/talk/talk_{split}_deduped.csv").open(newline="") as file:
