@@ -452,6 +452,17 @@ def test_series_are_told_apart_by_whatever_differs(tmp_path):
     assert set(series_names(runs, families=True).values()) == {"mavis, topk 15", "mavis, topk 9", "best of N"}
 
 
+def test_beam_searches_that_draw_unequally_are_two_series(tmp_path):
+    """`--num_samples` of mavis_bs.py says what each beam draws; the arguments' number is candidates per answer, 1."""
+    for draws in (1, 2):
+        beams = {"Q": 4, "N": 4, "num_samples": draws}
+        make_run(tmp_path, "mavis_bs", {"help": 0.5, "harm": 0.5}, beta=4.0, more_series=beams, prompts=range(3))
+    points, _ = load_points([tmp_path])
+    names = sorted(series_names(points).values())
+    assert names == ["mavis bs, beta 4, draws 1", "mavis bs, beta 4, draws 2"]
+    assert set(series_names(points[:1]).values()) == {"mavis bs, beta 4"}
+
+
 def test_runs_on_other_prompts_are_noted_and_compared_on_the_shared_ones(tmp_path, capsys):
     make_run(tmp_path / "w", "reference", prompts=range(8))
     make_run(tmp_path / "w", "mavis", {"help": 0.5, "harm": 0.5}, beta=1.0, prompts=range(4, 12))

@@ -180,7 +180,9 @@ class Point:
     @property
     def settings(self) -> dict:
         """What tells this point's series from others: everything that determines the result but the weights."""
-        arguments, series = self.arguments["arguments"], self.arguments["series"]
+        arguments, series = self.arguments["arguments"], dict(self.arguments["series"])
+        if "num_samples" in series and not self.method.endswith("best_of_n"):
+            series["draws"] = series.pop("num_samples")  # of each beam; in the arguments it is candidates per answer
         if self.budget is not None and self.by_budget:  # each point of such a front has a beta of its own
             series = {"kl_budget": self.budget} | {k: v for k, v in series.items() if k != "beta"}
         arguments = {k: v for k, v in arguments.items() if k != "seed"}
