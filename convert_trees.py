@@ -6,7 +6,7 @@
 
 A pickle holds one root node, a list of them, or a dictionary {prompt index: root}. A node is an object of any class or
 a dictionary with its tokens and its children; log-ratios and values are taken where there are any. What a pickle asks
-for beyond plain data is refused (utils/pickled_trees.py). The folder is one as get_data_base.py leaves it: label it
+for beyond plain data is refused (utils/plain_pickle.py). The folder is one as get_data_base.py leaves it: label it
 with label_tree.py, or go on with split_data.py.
 """
 

@@ -25,7 +25,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from utils import cli, hdf5_utils, pickled_trees, reports, runs, soups
+from utils import cli, hdf5_utils, pickled_trees, plain_pickle, reports, runs, soups
 from utils.config import REPOSITORY, ConfigError, load_config
 from utils.data import read_prompts
 from utils.token_table import load_token_table, save_token_table
@@ -443,7 +443,7 @@ OPCODES = st.sampled_from(
     ),
 )  # fmt: skip
 def test_no_pickle_ends_in_a_traceback(data):
-    found, _ = ends(pickled_trees.read_pickle, data)
+    found, _ = ends(plain_pickle.read_pickle, data)
     if found is not None:
         names = pickled_trees.NodeMap(objective="help", recompute=True)
         listed, _ = ends(pickled_trees.roots_of, found, names, "fuzz")
@@ -457,5 +457,5 @@ def test_what_is_damaged_here_is_read_where_it_is_whole():
     assert len(reports.load_points([run_folder()])[0]) == 1
     assert soups.read_adapter(adapter_folder())[1]
     for data in pickles():
-        pickled_trees.read_pickle(data)
+        plain_pickle.read_pickle(data)
     assert math.isfinite(json.loads("1"))
