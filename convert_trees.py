@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.report_dry_run([*rows, ("prompts", str(csv), cli.found(str(csv))), ("trees", str(args.output_dir), "")])
         return 0
 
+    import functools
+
     from utils.hdf5_utils import claim_collection, consolidate, write_tree
     from utils.models import load_tokenizer
     from utils.tracking import Tracker
@@ -64,8 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     def prompt_of(index: int) -> str | None:
         return texts[index] if index < len(texts) else None
 
+    @functools.cache
+    def tokenizer():
+        """The reference's; only a root without tokens of its own needs it."""
+        return load_tokenizer(config.sft_path(dataset))
+
     def encode(prompt: str) -> list[int]:
-        return encode_prompts(dataset, load_tokenizer(config.sft_path(dataset)), [prompt])[0]
+        return encode_prompts(dataset, tokenizer(), [prompt])[0]
 
     trees, origin = {}, {}
     for path in args.pickles:
