@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utils.cli import (
     DataError,

@@ -232,7 +232,7 @@ def _complain(policy: _Policy, rows: _Rows, jobs: Sequence[Job | None], row: int
 def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int, forbidden: Tensor | None) -> None:
     """Read the prefixes that the next jobs need, and some ahead of them, so that prompts are read in batches."""
     waiting: list[Prefix] = []
-    longest = needed = 0
+    needed = 0
     for place, job in enumerate(queue):
         if place >= max(free, batch_size):
             break
@@ -299,8 +299,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
         if context is not None and len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the context "
-                f"of {context} tokens; "
-                "shorten the prompt or lower max_new_tokens"
+                f"of {context} tokens; shorten the prompt or lower max_new_tokens"
             )
 
 

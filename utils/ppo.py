@@ -382,7 +382,7 @@ def train(
         save_steps: steps between two checkpoints.
 
     Raises:
-        DataError: a loss is no finite number, or a checkpoint of other prompts.
+        DataError: a loss, or another figure of the log, is no finite number.
     """
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     parameters = policy.trained()

@@ -218,7 +218,9 @@ def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def flat(dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: list[Path], accumulation: int) -> dict:
+def settings_of(
+    dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: list[Path], accumulation: int
+) -> dict:
     """What determines the adapter, as plain data of one level, so that a difference can be named."""
     from utils.runs import fingerprint
 
@@ -348,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     files = data.local_files(source, config, args.data_files)
-    settings = flat(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
+    settings = settings_of(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
     hold(folder)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     if is_complete(folder, settings, args.rerun):
