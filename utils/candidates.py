@@ -300,6 +300,6 @@ def load_candidate_head(path: str | Path, model: nn.Module, value_model: str) ->
         or not all(t.isfinite().all() for t in tensors.values())
     ):
         raise DataError(f"{path} does not fit the value model: shapes {shapes}; {again}")
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = tilting.wide_dtype(embeddings.dtype)
     tensors = {name: tensor.to(embeddings.device, dtype) for name, tensor in tensors.items()}
     return CandidateHead(**tensors, embeddings=embeddings.detach().to(dtype))

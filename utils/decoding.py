@@ -521,7 +521,7 @@ def score_texts(
             tokens[r, : len(text)], mask[r, : len(text)] = torch.as_tensor(text), 1
         tokens = tokens.to(device)
         logits = model(input_ids=tokens, attention_mask=mask.to(device), use_cache=False).logits
-        wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+        wide = tilting.widened(logits) / temperature
         picked = wide[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2).double().cpu()
         for r, i in enumerate(rows):
             first = len(prompts[i]) - 1
