@@ -133,6 +133,11 @@ def _eos_tensor(eos_token_id: int | Sequence[int] | None, device: torch.device) 
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
+def steps_between_looks(device: torch.device) -> int:
+    """How many steps go by until the host looks which rows have ended: elsewhere than on a CPU, a look waits."""
+    return 1 if device.type == "cpu" else 16
+
+
 @torch.inference_mode()
 def run_jobs(
     policy: _Policy,
@@ -150,8 +155,8 @@ def run_jobs(
     the queue's left end is taken first.
 
     Args:
-        sync_every: steps between two looks at which rows have ended; the default is 1 on a CPU and 16 elsewhere, where
-            a look makes the device wait. A row whose budget ends is always seen at once.
+        sync_every: steps between two looks at which rows have ended (default: `steps_between_looks`). A row whose
+            budget ends is always seen at once.
         suppress_first_eos: the first token after a `Prefix` is no end-of-sequence token (see `decode`).
 
     Raises:
@@ -163,7 +168,7 @@ def run_jobs(
     device = policy.device
     eos = _eos_tensor(eos_token_id, device)
     forbidden = eos if suppress_first_eos else None
-    sync_every = sync_every or (1 if device.type == "cpu" else 16)
+    sync_every = sync_every or steps_between_looks(device)
     jobs: list[Job | None] = []
     rows: _Rows | None = None
     traces: list[list[dict]] = []
