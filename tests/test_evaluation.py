@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.toy_world import answers, run_folders, status
-from utils.evaluation import evaluate, pick
+from utils.answers import evaluate, pick
 from utils.runs import RunSpec, open_run, read_arguments, read_samples
 
 # ------------------------------------------------------------------------------------------------------- the real thing
