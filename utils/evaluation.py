@@ -16,20 +16,10 @@ from utils.answers import evaluate, pick
 from utils.cli import DataError, UsageError, aligned, progress
 from utils.kl_budget import Measured, Measurements, Search, search_beta
 from utils.methods import Method, Models, check_checkpoints, chunk_size, dry_run, load, load_prompts, run_spec
-from utils.runs import (
-    Run,
-    Statistic,
-    describe_weights,
-    format_summary,
-    is_complete,
-    mean_and_error,
-    open_run,
-    read_arguments,
-    run_parent,
-    summarize,
-)
+from utils.runs import Run, is_complete, open_run, read_arguments, run_parent
 from utils.settings import Settings
 from utils.sharding import refuse_several, this_process
+from utils.summaries import Statistic, describe_weights, format_summary, mean_and_error, summarize
 
 
 def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], Method]) -> int:
@@ -225,7 +215,7 @@ def points_table(points: Sequence[Mapping[str, str]]) -> str:
 
 def log_to_wandb(run: Run, figures) -> None:
     """The rewards table and the summary, under the run folder's name."""
-    from utils.runs import per_prompt
+    from utils.summaries import per_prompt
     from utils.tracking import Tracker
 
     arguments, rows = read_arguments(run.folder), per_prompt(run.samples)

@@ -6,7 +6,6 @@ A script says which `Method` a point is: which policy is built, from which check
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,8 @@ from typing import Any, TypeVar
 from utils.answers import Generate, Remembered, Score, sampler
 from utils.cli import DataError, UsageError, found, report_dry_run
 from utils.places import reference_path, reward_rows, training_command
-from utils.runs import RunSpec, fingerprint
+from utils.provenance import fingerprint, hash_of
+from utils.runs import RunSpec
 from utils.settings import Settings
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def run_spec(settings: Settings, method: Method, prompts: Mapping[int, str]) -> 
             "checkpoints": {what: str(path) for what, (path, _) in checkpoints(settings, method).items()},
         },
         determining={
-            "prompts": hashlib.sha256("\0".join(prompts.values()).encode()).hexdigest(),
+            "prompts": hash_of(list(prompts.values())),
             "checkpoints": {what: fingerprint(path) for what, (path, _) in checkpoints(settings, method).items()},
             "value_model": value_base,
             "shown": [spec.prompt_format, spec.reference_template],

@@ -36,19 +36,8 @@ from utils.pareto import (
     plot_front,
     reference_point_of,
 )
-from utils.runs import (
-    ARGUMENTS,
-    MEASURES,
-    REWARDS,
-    SAMPLES,
-    SUMMARY,
-    WORK,
-    describe_weights,
-    mean_and_error,
-    per_prompt,
-    read_arguments,
-    read_samples,
-)
+from utils.runs import ARGUMENTS, REWARDS, SAMPLES, SUMMARY, read_arguments, read_samples
+from utils.summaries import MEASURES, WORK, describe_weights, mean_and_error, per_prompt
 
 GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
 ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them

@@ -19,7 +19,8 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec
 from utils.places import RECORD, check_adapter_folder, reference_path
-from utils.runs import describe_weights, fingerprint
+from utils.provenance import fingerprint
+from utils.summaries import describe_weights
 
 # -------------------------------------------------------------------------------------------------------------- places
 
