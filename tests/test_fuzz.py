@@ -25,7 +25,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from utils import cli, hdf5_utils, pickled_trees, plain_pickle, reports, runs, soups
+from utils import cli, hdf5_utils, pickled_trees, plain_pickle, report_points, runs, soups
 from utils.config import REPOSITORY, ConfigError, load_config
 from utils.data import read_prompts
 from utils.token_table import load_token_table, save_token_table
@@ -355,12 +355,12 @@ def test_a_damaged_run_is_refused_or_reported(name, hit):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run_folder(), folder)
     (folder / name).write_bytes(hit((folder / name).read_bytes()))
-    found, _ = ends(reports.load_points, [folder])
+    found, _ = ends(report_points.load_points, [folder])
     ends(lambda: runs.Run(folder, runs.read_arguments(folder), None))
     if found is None:
         return
     [point], _ = found
-    expected, _ = reports.load_points([run_folder()])
+    expected, _ = report_points.load_points([run_folder()])
     for column in set(point.table.columns) | set(expected[0].table.columns):
         # rewards.csv and samples.jsonl say the same numbers, so damage to one of them shows
         assert point.mean(column) == pytest.approx(expected[0].mean(column), rel=1e-6, nan_ok=True), column
@@ -454,7 +454,7 @@ def test_no_pickle_ends_in_a_traceback(data):
 def test_what_is_damaged_here_is_read_where_it_is_whole():
     """Otherwise every check above would pass on files that nothing can read."""
     assert all(same_tree(hdf5_utils.read_tree(tree_folder(), i), make_tree(i)) for i in range(4))
-    assert len(reports.load_points([run_folder()])[0]) == 1
+    assert len(report_points.load_points([run_folder()])[0]) == 1
     assert soups.read_adapter(adapter_folder())[1]
     for data in pickles():
         plain_pickle.read_pickle(data)

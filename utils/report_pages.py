@@ -17,7 +17,8 @@ from pathlib import Path
 
 from utils.cli import aligned, markdown_rows
 from utils.files import plain, write_atomically
-from utils.reports import GENERATED, WEIGHTED, Figure, Point, Section, SectionReport, grouped
+from utils.report_points import GENERATED, WEIGHTED, Point, grouped
+from utils.reports import Figure, Section, SectionReport
 from utils.summaries import describe_weights
 
 MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and of long tables of differences
