@@ -19,7 +19,8 @@ from pathlib import Path
 
 from baseline_eval import BASELINES
 from utils.cli import DataError, UsageError, run
-from utils.evaluation import Method, Models, evaluate_method, load_prompts
+from utils.evaluation import evaluate_method
+from utils.methods import Method, Models, load_prompts
 from utils.settings import Settings, add_evaluation_arguments, resolve
 
 TAKEN = {"mavis", "mavis_bs", *(baseline.method or name for name, baseline in BASELINES.items())}

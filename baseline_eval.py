@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from utils import rivals
 from utils.cli import UsageError, run
-from utils.evaluation import Method, Models, evaluate_method
+from utils.evaluation import evaluate_method
+from utils.methods import Method, Models
 from utils.settings import Settings, add_evaluation_arguments, add_tilt_arguments, resolve
 
 

@@ -6,7 +6,7 @@
 
 A pickle holds one root node, a list of them, or a dictionary {prompt index: root}. A node is an object of any class or
 a dictionary with its tokens and its children; log-ratios and values are taken where there are any. What a pickle asks
-for beyond plain data is refused (utils/pickled_trees.py). The folder is one as get_data_base.py leaves it: label it
+for beyond plain data is refused (utils/plain_pickle.py). The folder is one as get_data_base.py leaves it: label it
 with label_tree.py, or go on with split_data.py.
 """
 
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.report_dry_run([*rows, ("prompts", str(csv), cli.found(str(csv))), ("trees", str(args.output_dir), "")])
         return 0
 
+    import functools
+
     from utils.hdf5_utils import claim_collection, consolidate, write_tree
     from utils.models import load_tokenizer
     from utils.tracking import Tracker
@@ -64,8 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     def prompt_of(index: int) -> str | None:
         return texts[index] if index < len(texts) else None
 
+    @functools.cache
+    def tokenizer():
+        """The reference's; only a root without tokens of its own needs it."""
+        return load_tokenizer(config.sft_path(dataset))
+
     def encode(prompt: str) -> list[int]:
-        return encode_prompts(dataset, load_tokenizer(config.sft_path(dataset)), [prompt])[0]
+        return encode_prompts(dataset, tokenizer(), [prompt])[0]
 
     trees, origin = {}, {}
     for path in args.pickles:

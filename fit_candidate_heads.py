@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils import candidates, models
     from utils.data import encode_prompts, prompts_csv, read_prompts
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
     from utils.tracking import Tracker
 
     device = models.pick_device(args.device)

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))]
         )
 
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
 
     check_adapter_folder(Path(folder), f"value model of {objective}", f"python {made_by}")
 

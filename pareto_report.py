@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from pathlib import Path
 
-    from utils import report_pages, reports, tracking
+    from utils import report_pages, report_points, reports, tracking
 
     check_wandb(args.wandb)
-    points, left_out = reports.load_points(args.runs)
+    points, left_out = report_points.load_points(args.runs)
     sections = reports.sections_of(points, objectives)
     _check_names(args.compare or [], sections)
     output_dir = Path(args.output_dir)

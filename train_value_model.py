@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utils.cli import (
     DataError,
@@ -236,7 +233,7 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
     """Train one objective's value model from a `CommonStart`, unless it is there."""
     import dataclasses
 
-    from utils import runs, training_output
+    from utils import provenance, training_output
     from utils.files import write_json
     from utils.models import vocabulary_hash
     from utils.tracking import Tracker
@@ -249,7 +246,7 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
         "log_ratio": args.log_ratio, "max_trees": args.max_trees,
         "training": dataclasses.asdict(plan.spec), "value_model": dataclasses.asdict(config.value_model),
     }  # fmt: skip
-    record = runs.provenance(device, accelerator.num_processes, config)
+    record = provenance.of_training(device, accelerator.num_processes, config)
     main_process = accelerator.is_main_process
     with accelerator.main_process_first():
         folder = training_output.open_output(plan.output, settings, record, rerun=args.rerun, main_process=main_process)

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from utils import soups
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
 
     for folder, made_by in folders.items():
         check_adapter_folder(folder, "adapter", made_by)

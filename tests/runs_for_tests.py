@@ -15,6 +15,7 @@ def make_run(
     *,
     beta=None,
     num_samples=1,
+    more_series=None,
     gain=1.0,
     kl=1.0,
     prompts=range(20),
@@ -33,13 +34,15 @@ def make_run(
 ):
     """One run folder; each objective's mean is `gain` times the root of its weight, prompts share their own level.
 
-    `ask` makes the prompt of an index, `answer` the response of a method, a trial and an index.
+    `more_series` are further settings of its series; `ask` makes the prompt of an index, `answer` the response of a
+    method, a trial and an index.
     """
     weights = weights or {}
     level = np.random.default_rng(123).normal(size=(max(prompts) + 1, len(OBJECTIVES)))
     parts = [seed, *method.encode(), int(10 * (beta or 0))]
     rng = np.random.default_rng(parts + [int(100 * weights.get(o, 0)) for o in OBJECTIVES])
     series = ({} if beta is None else {"beta": beta}) | ({"num_samples": num_samples} if num_samples > 1 else {})
+    series |= more_series or {}
     shift = {o: gain * (weights[o] ** 0.5 if o in weights else -0.4 if weights else 0.0) for o in OBJECTIVES}
     spec = RunSpec(
         kind="mavis_logs" if method.startswith("mavis") else "baseline_logs",

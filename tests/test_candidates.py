@@ -139,6 +139,30 @@ def test_what_is_watched_is_what_the_value_models_say():
     assert dataclasses.is_dataclass(seen) and issubclass(candidates._Watching, MavisPolicy)
 
 
+def test_a_value_model_that_says_no_finite_number_is_refused_before_a_head_is_fitted_to_it():
+    model = value_model("llama_full", 1)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="prompt 0: the values of a are not finite"):
+        candidates.watch(
+            causal_lm("llama_full"), {"a": model}, [[5, 6], [7, 8]], betas=[2.0], top_k=K, temperature=1.0,
+            normalization="minmax", max_new_tokens=3, eos_token_id=None, batch_size=2,
+        )  # fmt: skip
+
+
+def test_watching_waits_for_the_device_once_a_batch(monkeypatch):
+    """Each copy to the host makes a GPU wait; without an end token all steps of a batch are taken."""
+    copies, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *a: copies.append(1) or real(self, *a))
+    for steps in (3, 9):
+        copies.clear()
+        candidates.watch(
+            causal_lm("llama_full"), {"a": value_model("llama_full", 1)}, [[5, 6], [7, 8]], betas=[2.0], top_k=K,
+            temperature=1.0, normalization="minmax", max_new_tokens=steps, eos_token_id=None, batch_size=2,
+        )  # fmt: skip
+        assert len(copies) == 4, "states, candidates, scores, prompts"
+
+
 def test_a_head_that_does_not_fit_is_refused_in_one_line(tmp_path):
     model, path = value_model("llama_full", 1), tmp_path / "iter_0" / "help.safetensors"
     head = random_head(model, 0)

@@ -237,6 +237,17 @@ def test_no_token_passes_a_model_twice():
     assert seen == {"reference": 4 + 9, "value": 4 + 5 * 10}
 
 
+def test_models_of_one_precision_share_a_steps_mask(monkeypatch):
+    from utils.cached_models import Layout
+
+    made, step_mask = [], Layout.step_mask
+    monkeypatch.setattr(Layout, "step_mask", lambda *a: made.append(a[1]) or step_mask(*a))
+    models = [causal_lm("llama_full", i) for i in range(3)]
+    policy = MixturePolicy(models, [0.2, 0.3, 0.5], top_k=5)
+    decode(policy, make_prompts(2), keys=[(0, 0), (0, 1)], max_new_tokens=4, eos_token_id=None, batch_size=2)
+    assert made == [1] * 3, "one for each token that is read"
+
+
 def test_samples_follow_the_exact_distribution():
     """4,000 two-token texts from a vocabulary cut to 3: by Hoeffding's inequality and a union bound over the 9 texts, a
     frequency is off by more than 0.0390 with probability below 9 * 2 * exp(-2 * 4000 * 0.039^2) = 1e-4."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.toy_world import answers, run_folders, status
-from utils.evaluation import evaluate, pick
+from utils.answers import evaluate, pick
+from utils.decoding import Completion
 from utils.runs import RunSpec, open_run, read_arguments, read_samples
 
 # ------------------------------------------------------------------------------------------------------- the real thing
@@ -270,13 +271,12 @@ def test_the_report_reads_what_the_scripts_wrote(script, capsys):
 # ---------------------------------------------------------------------------------------------------------- with fakes
 
 
-class Answer:
-    def __init__(self, token_ids, log_ratio=0.0):
-        self.token_ids, self.log_ratio, self.finished, self.reference_log_prob = token_ids, log_ratio, True, -1.0
+def answer(token_ids, log_ratio=0.0):
+    return Completion(token_ids, log_ratio, True, reference_log_prob=-1.0)
 
 
 def test_the_best_candidate_is_chosen_within_its_own_answer():
-    candidates = [[Answer([1]), Answer([5])], [Answer([9]), Answer([2]), Answer([3])]]
+    candidates = [[answer([1]), answer([5])], [answer([9]), answer([2]), answer([3])]]
     rows = pick(
         [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, to_text=str,
         score=lambda prompts, texts: {
@@ -293,7 +293,7 @@ def test_the_best_candidate_is_chosen_within_its_own_answer():
 
 def test_a_policy_without_a_log_ratio_leaves_it_out():
     (row,) = pick(
-        [(0, 0)], [[Answer([1], float("nan"))]], {0: "a"}, to_text=str, score=lambda p, t: {"r": np.zeros(1)},
+        [(0, 0)], [[answer([1], float("nan"))]], {0: "a"}, to_text=str, score=lambda p, t: {"r": np.zeros(1)},
         weights={}, seconds=0.0, track_kl=True, extra={}, work={},
     )  # fmt: skip
     assert "log_ratio" not in row and json.dumps(row, allow_nan=False)
@@ -307,7 +307,7 @@ def test_rows_are_written_chunk_by_chunk_with_a_key_per_answer(tmp_path):
         seen.append(list(zip(map(tuple, prompts), keys, strict=True)))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return [[Answer([1, 1, 2])] for _ in keys]
+        return [[answer([1, 1, 2])] for _ in keys]
 
     options = {
         "generate": generate,

@@ -25,7 +25,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from utils import cli, hdf5_utils, pickled_trees, reports, runs, soups
+from utils import cli, hdf5_utils, pickled_trees, plain_pickle, report_points, runs, soups
 from utils.config import REPOSITORY, ConfigError, load_config
 from utils.data import read_prompts
 from utils.given_answers import read_answers
@@ -356,12 +356,12 @@ def test_a_damaged_run_is_refused_or_reported(name, hit):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run_folder(), folder)
     (folder / name).write_bytes(hit((folder / name).read_bytes()))
-    found, _ = ends(reports.load_points, [folder])
+    found, _ = ends(report_points.load_points, [folder])
     ends(lambda: runs.Run(folder, runs.read_arguments(folder), None))
     if found is None:
         return
     [point], _ = found
-    expected, _ = reports.load_points([run_folder()])
+    expected, _ = report_points.load_points([run_folder()])
     for column in set(point.table.columns) | set(expected[0].table.columns):
         # rewards.csv and samples.jsonl say the same numbers, so damage to one of them shows
         assert point.mean(column) == pytest.approx(expected[0].mean(column), rel=1e-6, nan_ok=True), column
@@ -467,7 +467,7 @@ OPCODES = st.sampled_from(
     ),
 )  # fmt: skip
 def test_no_pickle_ends_in_a_traceback(data):
-    found, _ = ends(pickled_trees.read_pickle, data)
+    found, _ = ends(plain_pickle.read_pickle, data)
     if found is not None:
         names = pickled_trees.NodeMap(objective="help", recompute=True)
         listed, _ = ends(pickled_trees.roots_of, found, names, "fuzz")
@@ -478,11 +478,11 @@ def test_no_pickle_ends_in_a_traceback(data):
 def test_what_is_damaged_here_is_read_where_it_is_whole():
     """Otherwise every check above would pass on files that nothing can read."""
     assert all(same_tree(hdf5_utils.read_tree(tree_folder(), i), make_tree(i)) for i in range(4))
-    assert len(reports.load_points([run_folder()])[0]) == 1
+    assert len(report_points.load_points([run_folder()])[0]) == 1
     assert soups.read_adapter(adapter_folder())[1]
     whole = workplace() / "whole.jsonl"
     whole.write_text("".join(json.dumps(row) + "\n" for row in GIVEN))
     assert [a.response for a in read_answers(whole, ASKED).values()] == [row["response"] for row in GIVEN]
     for data in pickles():
-        pickled_trees.read_pickle(data)
+        plain_pickle.read_pickle(data)
     assert math.isfinite(json.loads("1"))

@@ -1,5 +1,6 @@
 """The search of a beta for a KL budget, on curves whose answer is known."""
 
+import fcntl
 import math
 
 import pytest
@@ -65,9 +66,9 @@ def test_the_table_and_the_file_give_the_same_bits_back(tmp_path):
     assert not (tmp_path / "x" / "none.csv").exists()
 
 
-@pytest.mark.parametrize("text", ["beta,kl,error\n0.0,1.0\n", "beta,kl,error\n0.0,x,1.0\n"])
-def test_a_damaged_file_of_measurements_is_named(tmp_path, text):
-    (tmp_path / "kl.csv").write_text(text)
+@pytest.mark.parametrize("row", [b"0.0,1.0", b"0.0,x,1.0", b"0.0,\xff,1.0"])
+def test_a_damaged_file_of_measurements_is_named(tmp_path, row):
+    (tmp_path / "kl.csv").write_bytes(b"beta,kl,error\n" + row + b"\n")
     with pytest.raises(DataError, match="line 2 is not beta,kl,error"), Measurements(tmp_path / "kl.csv"):
         pass
 
@@ -77,3 +78,18 @@ def test_two_processes_do_not_measure_at_once(tmp_path):
         with pytest.raises(DataError, match="another process"), Measurements(tmp_path / "kl.csv"):
             pass
         assert (tmp_path / "kl.csv").exists(), "the one that was refused took nothing from the other"
+
+
+def test_what_is_measured_while_another_process_removes_its_empty_file_is_kept(tmp_path, monkeypatch):
+    """One that measured nothing removes the file as it ends, maybe between this one's opening and its lock."""
+    flock, file = fcntl.flock, tmp_path / "kl.csv"
+
+    def removed_before(stream, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        file.unlink()
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with Measurements(file) as kept:
+        kept.add(Measured(0.0, 1.0, 0.5))
+    assert file.read_text() == "beta,kl,error\n0.0,1.0,0.5\n"

@@ -12,10 +12,11 @@ import pytest
 
 import convert_trees
 import utils.sharding  # noqa: F401 (loaded before imports are watched)
-from utils import pickled_trees
+from utils import plain_pickle
 from utils.cli import DataError, UsageError, run
 from utils.hdf5_utils import read_tree, tree_indices
-from utils.pickled_trees import Instance, NodeMap, as_tree, read_pickle, roots_of
+from utils.pickled_trees import NodeMap, as_tree, roots_of
+from utils.plain_pickle import Instance, read_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -237,7 +238,7 @@ def test_bombs_end_at_a_limit(monkeypatch):
         ("MAX_BYTES", 50, "bytes"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(pickled_trees, name, limit)
+            patch.setattr(plain_pickle, name, limit)
             with pytest.raises(DataError, match=f"more than {limit} ?{said}|bytes, more than {limit}"):
                 read_pickle(pickle.dumps([[i] for i in range(100)]))
 

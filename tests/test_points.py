@@ -509,7 +509,7 @@ def test_the_token_table_meets_the_same_budget_with_a_beta_of_its_own(script, ca
     assert all(abs(s["kl"] - 2.5) <= s["error"] for s in searches.values() if s["met"])
     assert capsys.readouterr().out.count("point 2 of 2: low 1\n") == 2
 
-    from utils.reports import load_points, series_names
+    from utils.report_points import load_points, series_names
 
     runs, _ = load_points([script.workspace])
     names = set(series_names(runs).values())
@@ -518,7 +518,7 @@ def test_the_token_table_meets_the_same_budget_with_a_beta_of_its_own(script, ca
 
 def test_a_run_by_hand_that_meets_a_budget_stays_in_the_front_of_its_beta(script, capsys):
     import pareto_report
-    from utils.reports import load_points, series_names
+    from utils.report_points import load_points, series_names
 
     script("mavis", "--front", "low,even", "--points", 2, "--beta", 1, *SEARCH)
     folder = by_point(script)[(("low", 1.0),), 1.0]

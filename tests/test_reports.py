@@ -19,7 +19,8 @@ import pareto_report
 from tests.runs_for_tests import LABEL, make_run, make_world
 from utils.cli import DataError, UsageError
 from utils.report_pages import Table, amount, fenced, markdown_table, shortened
-from utils.reports import at_equal_kl, between_methods, load_points, point_rows, sections_of, series_names, spans
+from utils.report_points import load_points, series_names, spans
+from utils.reports import at_equal_kl, between_methods, point_rows, sections_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -450,6 +451,17 @@ def test_series_are_told_apart_by_whatever_differs(tmp_path):
     runs, _ = load_points([tmp_path])
     assert set(series_names(runs).values()) == {"mavis, beta 2, topk 15", "mavis, beta 2, topk 9", "best of 4"}
     assert set(series_names(runs, families=True).values()) == {"mavis, topk 15", "mavis, topk 9", "best of N"}
+
+
+def test_beam_searches_that_draw_unequally_are_two_series(tmp_path):
+    """`--num_samples` of mavis_bs.py says what each beam draws; the arguments' number is candidates per answer, 1."""
+    for draws in (1, 2):
+        beams = {"Q": 4, "N": 4, "num_samples": draws}
+        make_run(tmp_path, "mavis_bs", {"help": 0.5, "harm": 0.5}, beta=4.0, more_series=beams, prompts=range(3))
+    points, _ = load_points([tmp_path])
+    names = sorted(series_names(points).values())
+    assert names == ["mavis bs, beta 4, draws 1", "mavis bs, beta 4, draws 2"]
+    assert set(series_names(points[:1]).values()) == {"mavis bs, beta 4"}
 
 
 def test_runs_on_other_prompts_are_noted_and_compared_on_the_shared_ones(tmp_path, capsys):

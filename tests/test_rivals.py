@@ -249,7 +249,7 @@ def policies(rival_world):
     dataset = world.config.dataset("anthropic")
     base, _ = models.load_reference(world.config, dataset, CPU)
     path, _ = rivals.reference_path(world.config, dataset)
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
 
     folders = {n: rivals.single_folder(world.config, dataset, n) for n in ("help", "harm")}
     folders["both"] = rivals.morlhf_folder(world.config, dataset, {"help": 0.4, "harm": 0.6})

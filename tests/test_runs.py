@@ -14,17 +14,9 @@ import pytest
 import yaml
 
 from utils.cli import DataError
-from utils.runs import (
-    RunSpec,
-    fingerprint,
-    identity,
-    mean_and_error,
-    open_run,
-    per_prompt,
-    read_arguments,
-    read_samples,
-    summarize,
-)
+from utils.provenance import fingerprint, identity
+from utils.runs import RunSpec, open_run, read_arguments, read_samples
+from utils.summaries import mean_and_error, per_prompt, summarize
 
 SPEC = RunSpec(
     kind="mavis_logs",

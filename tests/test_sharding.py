@@ -440,9 +440,9 @@ def test_an_evaluation_is_completed_by_any_number_of_processes(world, alone, tmp
 def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
     """In float64; unrounded, half of these log-ratios differ in their last bits."""
     from tests.models_for_tests import causal_lm
+    from utils.answers import pick, sampler
     from utils.collection import rounded
     from utils.decoding import LOG_RATIO_DECIMALS
-    from utils.evaluation import pick, sampler
     from utils.growth import TreeShape, grow_trees
     from utils.policies import ReferencePolicy
 

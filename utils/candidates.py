@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from utils import tilting
 from utils.cached_models import without_adapter
 from utils.cli import DataError, progress
+from utils.decoding import steps_between_looks
 from utils.files import write_atomically
 from utils.policies import MavisPolicy, last_states
 
@@ -118,40 +119,58 @@ def watch(
         betas: in turn, one a batch; 0 is the reference.
         (the others as in `decode` and `MavisPolicy`)
     """
-    names = list(value_models)
-    kept: dict = {"ids": [], "prompt": [], "states": {n: [] for n in names}, "scores": {n: [] for n in names}}
+    names, seen = list(value_models), []
     bar = progress(total=len(prompts), desc="answers", unit="prompt")
     for number, first in enumerate(range(0, len(prompts), batch_size)):
-        batch = [list(p) for p in prompts[first : first + batch_size]]
+        batch = dict(enumerate(prompts[first : first + batch_size], start=first))
         weights = np.random.default_rng([seed, number]).dirichlet(np.ones(len(names)))
         policy = _Watching(
             reference, dict(value_models), dict(zip(names, weights, strict=True)), beta=betas[number % len(betas)],
             top_k=top_k, temperature=temperature, normalization=normalization,
         )  # fmt: skip
-        policy.open(len(batch))
-        policy.load(range(len(batch)), policy.prefill(batch))
-        keys = torch.tensor([tilting.fold_key((seed, first + i)) for i in range(len(batch))], device=policy.device)
-        alive = torch.ones(len(batch), dtype=torch.bool, device=policy.device)
-        for t in range(max_new_tokens):
-            step = policy.distribution()
-            rows = alive.nonzero().squeeze(-1)
-            kept["ids"].append(step.token_ids[rows].cpu())
-            kept["prompt"].append(first + rows.cpu())
-            for m, (name, states) in enumerate(zip(names, policy.states_by_objective(), strict=True)):
-                kept["states"][name].append(states[rows].float().cpu())
-                kept["scores"][name].append(policy.said[rows, m].float().cpu())
-            choice = tilting.sample(step.p_tilt, tilting.uniforms(keys, torch.full_like(keys, t)))
-            taken = step.token_ids.gather(1, choice.unsqueeze(1)).squeeze(1)
-            alive &= taken != (-1 if eos_token_id is None else eos_token_id)
-            if t + 1 == max_new_tokens or not bool(alive.any()):
-                break
-            policy.advance(choice)
+        seen.append(_watch_batch(policy, batch, max_new_tokens, eos_token_id, seed))
         bar.update(len(batch))
     bar.close()
     return Seen(
-        {n: torch.cat(kept["states"][n]) for n in names}, torch.cat(kept["ids"]),
-        {n: torch.cat(kept["scores"][n]) for n in names}, torch.cat(kept["prompt"]),
+        {n: torch.cat([s.states[n] for s in seen]) for n in names}, torch.cat([s.token_ids for s in seen]),
+        {n: torch.cat([s.scores[n] for s in seen]) for n in names}, torch.cat([s.prompt for s in seen]),
     )  # fmt: skip
+
+
+def _watch_batch(
+    policy: _Watching, prompts: Mapping[int, Sequence[int]], max_new_tokens: int, eos_token_id: int | None, seed: int
+) -> Seen:
+    """Answer some prompts, {index: token ids}, in one batch. All that is seen stays on the device until its end."""
+    policy.open(len(prompts))
+    policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts.values()]))
+    keys = torch.tensor([tilting.fold_key((seed, i)) for i in prompts], device=policy.device)
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=policy.device)
+    unsound, steps = torch.zeros_like(alive)[:, None], []
+    for t in range(max_new_tokens):
+        step = policy.distribution()
+        steps.append((alive, step.token_ids, policy.states_by_objective(), policy.said))
+        unsound = unsound | (alive[:, None] & policy.unsound)
+        choice = tilting.sample(step.p_tilt, tilting.uniforms(keys, torch.full_like(keys, t)))
+        taken = step.token_ids.gather(1, choice.unsqueeze(1)).squeeze(1)
+        alive = alive & (taken != (-1 if eos_token_id is None else eos_token_id))
+        if t + 1 == max_new_tokens or ((t + 1) % steps_between_looks(policy.device) == 0 and not bool(alive.any())):
+            break
+        policy.advance(choice)
+    for index, row in zip(prompts, unsound.tolist(), strict=True):
+        if any(row):
+            raise DataError(f"prompt {index}: {policy.complaint(row)}; no candidate head can be fitted to that")
+    alive, ids, states, said = zip(*steps, strict=True)
+    rows = torch.stack(alive)  # (T, B), which answers went on at each step
+
+    def kept(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors))[rows].cpu()  # (N, ...)
+
+    return Seen(
+        {name: kept(x).float() for name, x in zip(policy.objectives, zip(*states, strict=True), strict=True)},
+        kept(ids),
+        {name: kept([x[:, m] for x in said]).float() for m, name in enumerate(policy.objectives)},
+        kept([torch.tensor(list(prompts), device=policy.device)] * len(steps)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- fit
@@ -300,6 +319,6 @@ def load_candidate_head(path: str | Path, model: nn.Module, value_model: str) ->
         or not all(t.isfinite().all() for t in tensors.values())
     ):
         raise DataError(f"{path} does not fit the value model: shapes {shapes}; {again}")
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = tilting.wide_dtype(embeddings.dtype)
     tensors = {name: tensor.to(embeddings.device, dtype) for name, tensor in tensors.items()}
     return CandidateHead(**tensors, embeddings=embeddings.detach().to(dtype))

@@ -124,7 +124,7 @@ def plan_of(config: Config, dataset: DatasetSpec, args: Namespace, shape: Mappin
     """The command line, resolved; arguments as in `collect`."""
     from utils.data import prompts_csv, read_prompts
     from utils.growth import TreeShape
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
 
     check_arguments(dataset, args)
     given = {k: getattr(args, k) for k in ("root_children", "non_root_children", "num_layers", "max_new_tokens")}

@@ -135,6 +135,11 @@ def _eos_tensor(eos_token_id: int | Sequence[int] | None, device: torch.device) 
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
+def steps_between_looks(device: torch.device) -> int:
+    """How many steps go by until the host looks which rows have ended: elsewhere than on a CPU, a look waits."""
+    return 1 if device.type == "cpu" else 16
+
+
 @torch.inference_mode()
 def run_jobs(
     policy: _Policy,
@@ -152,8 +157,8 @@ def run_jobs(
     the queue's left end is taken first.
 
     Args:
-        sync_every: steps between two looks at which rows have ended; the default is 1 on a CPU and 16 elsewhere, where
-            a look makes the device wait. A row whose budget ends is always seen at once.
+        sync_every: steps between two looks at which rows have ended (default: `steps_between_looks`). A row whose
+            budget ends is always seen at once.
         suppress_first_eos: the first token after a `Prefix` is no end-of-sequence token (see `decode`).
 
     Raises:
@@ -165,7 +170,7 @@ def run_jobs(
     device = policy.device
     eos = _eos_tensor(eos_token_id, device)
     forbidden = eos if suppress_first_eos else None
-    sync_every = sync_every or (1 if device.type == "cpu" else 16)
+    sync_every = sync_every or steps_between_looks(device)
     jobs: list[Job | None] = []
     rows: _Rows | None = None
     traces: list[list[dict]] = []
@@ -234,7 +239,7 @@ def _complain(policy: _Policy, rows: _Rows, jobs: Sequence[Job | None], row: int
 def _prefill(policy: _Policy, queue: deque[Job], free: int, batch_size: int, forbidden: Tensor | None) -> None:
     """Read the prefixes that the next jobs need, and some ahead of them, so that prompts are read in batches."""
     waiting: list[Prefix] = []
-    longest = needed = 0
+    needed = 0
     for place, job in enumerate(queue):
         if place >= max(free, batch_size):
             break
@@ -301,8 +306,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context
         if context is not None and len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the context "
-                f"of {context} tokens; "
-                "shorten the prompt or lower max_new_tokens"
+                f"of {context} tokens; shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -524,7 +528,7 @@ def score_texts(
             tokens[r, : len(text)], mask[r, : len(text)] = torch.as_tensor(text), 1
         tokens = tokens.to(device)
         logits = model(input_ids=tokens, attention_mask=mask.to(device), use_cache=False).logits
-        wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+        wide = tilting.widened(logits) / temperature
         picked = wide[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2).double().cpu()
         for r, i in enumerate(rows):
             first = len(prompts[i]) - 1

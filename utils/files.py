@@ -124,6 +124,15 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def flat(data: Mapping, separator: str = ".", place: str = "") -> dict:
+    """Nested mappings as one, their keys joined by the separator."""
+    found = {}
+    for key, value in data.items():
+        name = f"{place}{key}"
+        found |= flat(value, separator, name + separator) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def write_json(path: Path, data: Mapping) -> None:
     """Write JSON atomically."""
     write_atomically(path, json.dumps(plain(data), indent=2, allow_nan=False) + "\n")

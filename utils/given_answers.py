@@ -141,7 +141,7 @@ def fingerprint_of(answers: Mapping[Key, Answer]) -> str:
 
 
 class GivenAnswers:
-    """Answers in the place of a policy and of its decoding (`evaluation.Generate`).
+    """Answers in the place of a policy and of its decoding (`answers.Generate`).
 
     Args:
         reference: reads each answer once, for its log-probability; None: that is left out.

@@ -7,7 +7,6 @@ search that was killed goes on, and another budget starts from what is known.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from utils.cli import DataError
+from utils.files import open_alone
 
 LARGEST_BETA = 64.0  # with min-max values the likeliest candidate's odds then grow by e^64: nothing is left to tilt
 HALVINGS = 10  # of the interval between two betas
@@ -121,17 +121,15 @@ class Measurements:
 
     def __enter__(self) -> Self:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.file.open("a+b")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stream = open_alone(self.file, wait=False)
         except BlockingIOError:
-            self._stream.close()
             raise DataError(f"{self.file} is being written by another process; wait for it, or end it") from None
         self._stream.seek(0)
         text = self._stream.read()
         whole = text.rfind(b"\n") + 1
         self._stream.truncate(whole)  # a last line that a kill tore
-        for number, line in enumerate(text[:whole].decode().splitlines()[1:], start=2):
+        for number, line in enumerate(text[:whole].decode(errors="replace").splitlines()[1:], start=2):
             try:
                 beta, kl, error = map(float, line.split(","))
             except ValueError:

@@ -31,7 +31,7 @@ from utils.cached_models import backbone_of
 from utils.cli import DataError, quiet_libraries
 from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
 from utils.places import check_adapter_folder, reference_path, value_model_folder
-from utils.runs import fingerprint
+from utils.provenance import fingerprint
 from utils.sharding import this_process
 from utils.shared_base import AdapterOf, AdapterStack
 

@@ -298,16 +298,24 @@ class _Policy:
     def advance(self, choice: Tensor) -> None:
         """Every row takes the candidate of index choice (B,); the language models read it."""
         tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
-        layout = self.layout
         self._choose(choice, tokens)
-        positions = layout.length.unsqueeze(1)
-        logits, masks = [], {}
-        for reader, cache in zip(self.languages, self.caches, strict=False):
-            mask = masks.setdefault(reader.dtype, layout.step_mask(1, reader.dtype))
-            logits.append(reader.read(tokens, positions, mask, cache))
+        logits = self._read(self.languages, self.caches[: len(self.languages)], tokens)
         self.p_ref, self.token_ids = self._candidates(logits)
-        layout.append()
+        self.layout.append()
         self._compact()
+
+    def _read(self, readers: Sequence[CachedModel], caches: Sequence[SlotCache], tokens: Tensor) -> list[Tensor]:
+        """What each model reads (`CachedModel.read`) of q tokens (B, q) that could be the next one, behind the layout.
+
+        Models of one precision share a mask.
+        """
+        q = tokens.shape[1]
+        positions = self.layout.length.unsqueeze(1).expand(-1, q)  # all candidates stand at the next position
+        masks = {dtype: self.layout.step_mask(q, dtype) for dtype in {reader.dtype for reader in readers}}
+        return [
+            reader.read(tokens, positions, masks[reader.dtype], cache)
+            for reader, cache in zip(readers, caches, strict=True)
+        ]
 
 
 class ReferencePolicy(_Policy):
@@ -368,9 +376,27 @@ class RewardGuidedPolicy(MixturePolicy):
 
 
 class _TiltedPolicy(_Policy):
-    """A reference whose candidates are tilted by the combined, normalised values of several objectives."""
+    """A reference whose candidates are tilted by the combined, normalised values of several objectives.
 
-    def __init__(self, reference, weights, *, beta, top_k, temperature, normalization, clip):
+    Args:
+        reference: a causal language model of transformers.
+        weights: of the objectives, in their order.
+        beta: strength of the tilt.
+        normalization: "minmax" (v1), "zscore" or "none".
+        clip: with "none", beta * value is at most this (v1: 6); None does not clip (v3).
+    """
+
+    def __init__(
+        self,
+        reference,
+        weights: Sequence[float],
+        *,
+        beta: float,
+        top_k: int = 15,
+        temperature: float = 1.0,
+        normalization: str = "minmax",
+        clip: float | None = tilting.CLIP,
+    ):
         if isinstance(reference, _Policy):
             reference = reference.languages[0].model
         super().__init__([reference], [1.0], top_k=top_k, temperature=temperature)
@@ -384,6 +410,11 @@ class _TiltedPolicy(_Policy):
     def _objective_values(self) -> Tensor:
         """V_m of every candidate, (M, B, k)."""
         raise NotImplementedError
+
+    def _as_tables(self, tables: Sequence) -> Tensor:
+        """Tables (V,) of values that no model gives, as one tensor (N, V)."""
+        dtype = tilting.wide_dtype(self.languages[0].dtype)
+        return torch.stack([torch.as_tensor(t, dtype=dtype, device=self.device) for t in tables])
 
     def _values(self) -> Tensor:
         values = self._objective_values()
@@ -399,35 +430,19 @@ class MavisPolicy(_TiltedPolicy):
     """MAVIS: the reference tilted by value models (paper, eq. 5).
 
     Args:
-        reference: a causal language model of transformers.
         value_models: {objective: model with a scalar head}, or a sequence of such models.
         weights: {objective: weight} of the same objectives, or a sequence in the same order; a weight of 0 drops its
             model.
-        beta: strength of the tilt.
-        normalization: "minmax" (v1), "zscore" or "none".
-        clip: with "none", beta * value is at most this (v1: 6); None does not clip (v3).
+        tilt: beta, top_k, temperature, normalization and clip, as every `_TiltedPolicy` takes them.
 
     A value model whose configuration says `value_pooling: mean` values a text by the mean of its head over the
     response's tokens: extras["response"] (B, M + 1) keeps each row's sums over the response so far, and its length, and
     extras["scores"] (B, M, k), within a step, the heads' outputs at the candidates.
     """
 
-    def __init__(
-        self,
-        reference,
-        value_models,
-        weights,
-        *,
-        beta: float,
-        top_k: int = 15,
-        temperature: float = 1.0,
-        normalization: str = "minmax",
-        clip: float | None = tilting.CLIP,
-    ):
+    def __init__(self, reference, value_models, weights, **tilt):
         self.objectives, models, weights = _aligned(value_models, weights, "value model")
-        super().__init__(
-            reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
-        )
+        super().__init__(reference, weights, **tilt)
         models = [without_adapter(m).eval() for m in models]
         # Value models that share a backbone are read in one pass: {backbone: indices of its models}.
         shared: dict[int, list[int]] = {}
@@ -457,19 +472,11 @@ class MavisPolicy(_TiltedPolicy):
         """Each reader's (heads, B, q) as one (B, M, q) in the objectives' order, in float32 at least."""
         rows = {m: row for m, row in zip(self._order, (row for part in scores for row in part), strict=True)}
         stacked = torch.stack([rows[m] for m in range(len(rows))], dim=1)
-        return stacked if stacked.dtype == torch.float64 else stacked.float()
+        return tilting.widened(stacked)
 
     def _read_values(self, tokens: Tensor) -> list[Tensor]:
-        """Each reader's states (B, copies, q, H) of q tokens (B, q) that could be the next one, behind the layout."""
-        q = tokens.shape[1]
-        positions = self.layout.length.unsqueeze(1).expand(-1, q)  # all candidates stand at the next position
-        masks: dict[torch.dtype, Tensor] = {}
-        states = []
-        for reader, cache in zip(self.value_readers, self.value_caches, strict=True):
-            if reader.dtype not in masks:
-                masks[reader.dtype] = self.layout.step_mask(q, reader.dtype)
-            states.append(reader.read(tokens, positions, masks[reader.dtype], cache))
-        return states
+        """Each value reader's states (B, copies, q, H) of q tokens (B, q) that could be the next one."""
+        return self._read(self.value_readers, self.value_caches, tokens)
 
     def _candidate_scores(self) -> Tensor:
         """The heads' outputs (B, M, k), were each candidate the next token."""
@@ -518,8 +525,8 @@ class CandidatePolicy(MavisPolicy):
         (the others as in `MavisPolicy`)
     """
 
-    def __init__(self, reference, value_models, candidate_heads, weights, **options):
-        super().__init__(reference, value_models, weights, **options)
+    def __init__(self, reference, value_models, candidate_heads, weights, **tilt):
+        super().__init__(reference, value_models, weights, **tilt)
         _, heads, _ = _aligned(candidate_heads, weights, "candidate head")
         groups = iter(self._order)
         self.candidate_heads = [[heads[next(groups)] for _ in reader.heads] for reader in self.value_readers]
@@ -556,24 +563,10 @@ class TokenTablePolicy(_TiltedPolicy):
     `tables` is {objective: (V,)} (or a sequence of tables), the value of each token whatever came before it.
     """
 
-    def __init__(
-        self,
-        reference,
-        tables,
-        weights,
-        *,
-        beta: float,
-        top_k: int = 15,
-        temperature: float = 1.0,
-        normalization: str = "minmax",
-        clip: float | None = tilting.CLIP,
-    ):
+    def __init__(self, reference, tables, weights, **tilt):
         self.objectives, tables, weights = _aligned(tables, weights, "token table")
-        super().__init__(
-            reference, weights, beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
-        )
-        dtype = torch.float64 if self.languages[0].dtype == torch.float64 else torch.float32
-        self.tables = torch.stack([torch.as_tensor(t, dtype=dtype, device=self.device) for t in tables])  # (M, V)
+        super().__init__(reference, weights, **tilt)
+        self.tables = self._as_tables(tables)  # (M, V)
 
     def _objective_values(self) -> Tensor:
         return self.tables[:, self.token_ids]  # (M, B, k)
@@ -587,26 +580,12 @@ class PromptTablePolicy(_TiltedPolicy):
 
     objectives = ("the prompt's table",)
 
-    def __init__(
-        self,
-        reference,
-        table_of: Callable[[Sequence[int]], Tensor],
-        *,
-        beta: float,
-        top_k: int = 15,
-        temperature: float = 1.0,
-        normalization: str = "minmax",
-        clip: float | None = tilting.CLIP,
-    ):
-        super().__init__(
-            reference, [1.0], beta=beta, top_k=top_k, temperature=temperature, normalization=normalization, clip=clip
-        )
+    def __init__(self, reference, table_of: Callable[[Sequence[int]], Tensor], **tilt):
+        super().__init__(reference, [1.0], **tilt)
         self.table_of = table_of
 
     def _extras_of(self, prompts, states, begun):
-        dtype = torch.float64 if self.languages[0].dtype == torch.float64 else torch.float32
-        tables = [torch.as_tensor(self.table_of(p), dtype=dtype, device=self.device) for p in prompts]
-        return {"table": torch.stack(tables)}
+        return {"table": self._as_tables([self.table_of(p) for p in prompts])}
 
     def _objective_values(self) -> Tensor:
         return self.extras["table"].gather(1, self.token_ids).unsqueeze(0)  # (1, B, k)

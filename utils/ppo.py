@@ -178,8 +178,7 @@ class PolicyWithValue(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # detail 11; the adapter's configuration keeps its number
         weight = model.get_output_embeddings().weight
-        size, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.head = nn.Linear(size, 1, device=weight.device, dtype=dtype)
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=tilting.wide_dtype(weight.dtype))
         nn.init.zeros_(self.head.weight)  # detail 12
         nn.init.zeros_(self.head.bias)
 
@@ -382,7 +381,7 @@ def train(
         save_steps: steps between two checkpoints.
 
     Raises:
-        DataError: a loss is no finite number, or a checkpoint of other prompts.
+        DataError: a loss, or another figure of the log, is no finite number.
     """
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     parameters = policy.trained()

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import markdown_rows
+from utils.cli import aligned, markdown_rows
 from utils.files import plain, write_atomically
-from utils.reports import GENERATED, WEIGHTED, Figure, Point, Section, SectionReport, grouped
-from utils.runs import describe_weights
+from utils.report_points import GENERATED, WEIGHTED, Point, grouped
+from utils.reports import Figure, Section, SectionReport
+from utils.summaries import describe_weights
 
 MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and of long tables of differences
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -254,12 +255,8 @@ def shortened(table: Table, rows: int) -> Table:
 
 
 def text_table(table: Table) -> str:
-    widths = [max(len(line[i]) for line in [table.header, *table.body]) for i in range(len(table.header))]
-    lines = (
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-        for line in [table.header, *table.body]
-    )
-    return "\n".join(lines)
+    """A table whose columns stand below each other."""
+    return "\n".join(aligned([table.header, *table.body]))
 
 
 def markdown_table(table: Table) -> str:

@@ -19,7 +19,8 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec
 from utils.places import RECORD, check_adapter_folder, reference_path
-from utils.runs import describe_weights
+from utils.provenance import fingerprint
+from utils.summaries import describe_weights
 
 # -------------------------------------------------------------------------------------------------------------- places
 
@@ -104,8 +105,6 @@ def check_policy_adapter(folder: str | Path, what: str, made_by: str, base: str 
     Raises:
         DataError: where it was looked for and the command that makes it, or which base it belongs to.
     """
-    from utils.runs import fingerprint
-
     check_adapter_folder(Path(folder), what, made_by)
     record = read_record(folder)
     if record.get("base_content") not in (None, fingerprint(base)):
@@ -116,8 +115,8 @@ def check_policy_adapter(folder: str | Path, what: str, made_by: str, base: str 
 
 
 # ------------------------------------------------------------------------------------------------- evaluation methods
-# Each baseline gives its checkpoints, {what: (folder, the command that makes it)}, and a policy from (settings,
-# reference, tokenizer, device). Adapters are off but in a policy's own calls, so the reference stays the reference.
+# Each baseline gives its checkpoints, {what: (folder, the command that makes it)}, and a policy of adapters on the
+# reference. They are off but in a policy's own calls, so the reference stays the reference.
 
 
 def soup_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:

@@ -17,28 +17,25 @@ run, the first holds the lock and writes the folder; the others only add files t
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import json
 import math
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import yaml
 
 from utils.cli import DataError
 from utils.files import command_line, locked, write_atomically, write_csv
+from utils.provenance import git_commit, identity, versions
+from utils.summaries import MEASURES, Statistic, format_summary, per_prompt, summarize
 
 ARGUMENTS, SAMPLES, REWARDS, SUMMARY = "args.yaml", "samples.jsonl", "rewards.csv", "summary.txt"
 KL_SEARCH, PARTS, CLAIMS = "kl_search.csv", "parts", "claims"
@@ -55,157 +52,6 @@ SAMPLE_TYPES = {
     "index": (int,), "trial": (int,), "prompt": (str,), "response": (str,), "rewards": (dict,), "tokens": (int,),
     "generated_tokens": (int,), "seconds": (float, int), "finished": (bool,),
 }  # fmt: skip
-PACKAGES = ("torch", "transformers", "peft", "numpy")
-# Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
-WORK = ("language_tokens", "value_tokens", "gflop")  # of an answer; runs from before it was counted lack it
-MEASURES = ("log_ratio", "seconds", "tokens", *WORK, "distinct", "reference_log_prob", "finished")
-
-
-# --------------------------------------------------------------------------------------------------------- identity
-
-
-def identity(determining: Mapping) -> str:
-    """Eight hexadecimal digits of a hash of plain data (mappings, lists, strings, numbers)."""
-    text = json.dumps(determining, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def fingerprint(path: str | os.PathLike) -> str:
-    """What tells one checkpoint from another made later in the same place.
-
-    Names, sizes and 64 evenly spaced blocks of each weight and configuration file: fast for 14 GB, and any training
-    step changes every block. A name that is no local path (a Hub name) stands for itself.
-    """
-    path = Path(path)
-    if not path.exists():
-        return str(path)
-    kept = {".safetensors", ".json", ".model", ".npz", ".csv"}
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and f.suffix in kept)
-    digest = hashlib.sha256()
-    for file in files:
-        size, block = file.stat().st_size, 1 << 14
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= 64 * block:
-                digest.update(stream.read())
-            else:
-                for i in range(64):
-                    stream.seek(i * (size - block) // 63)
-                    digest.update(stream.read(block))
-    return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that a result may depend on (nothing is imported)."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def provenance(device, processes: int, config) -> dict:
-    """What a training's args.yaml says beside its settings: command, code, versions, devices, configuration."""
-    return {
-        "command": command_line(), "commit": git_commit(), "versions": versions(), "device": str(device),
-        "processes": processes, "configuration": config.as_dict(),
-    }  # fmt: skip
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, with "+changes" where tracked files differ; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error is nan for fewer than two values."""
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0:
-        return math.nan, math.nan
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
-
-
-def columns_of(samples: Sequence[Mapping]) -> tuple[list[str], list[str], list[str]]:
-    """Names of the rewards, of the further scores and of the measures that every sample has."""
-    extra = [n for n in samples[0].get("extra", {}) if all(n in s.get("extra", {}) for s in samples)]
-    measures = [n for n in MEASURES if all(n in s for s in samples)]
-    return list(samples[0]["rewards"]), extra, measures
-
-
-def per_prompt(samples: Sequence[Mapping]) -> list[dict]:
-    """Rows of rewards.csv: means over the trials of each prompt, in the order of prompts.
-
-    A further score or a measure is a column only where every sample has it (log_ratio: where it was tracked).
-    `reference_log_prob` is per token; an empty answer has none and does not count.
-    """
-    rewards, extra, measures = columns_of(samples)
-    groups: dict[int, list[Mapping]] = {}
-    for sample in samples:
-        groups.setdefault(sample["index"], []).append(sample)
-    rows = []
-    for index in sorted(groups):
-        group = groups[index]
-        row = {"index": index}
-        row |= {name: float(np.mean([s["rewards"][name] for s in group])) for name in rewards}
-        row |= {name: float(np.mean([s["extra"][name] for s in group])) for name in extra}
-        for name in measures:
-            values = [per_token_log_prob(s) if name == "reference_log_prob" else s[name] for s in group]
-            known = [v for v in values if v is not None]
-            row[name] = float(np.mean(known)) if known else math.nan
-        rows.append(row)
-    return rows
-
-
-def per_token_log_prob(sample: Mapping) -> float | None:
-    """The reference's log-probability of the answer per token; None where the answer is empty."""
-    return sample["reference_log_prob"] / sample["tokens"] if sample["tokens"] else None
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A mean with its standard error over prompts and, for rewards, its standard deviation over trials."""
-
-    mean: float
-    error: float = math.nan
-    trials: float = math.nan
-
-
-def summarize(samples: Sequence[Mapping]) -> dict[str, Statistic]:
-    """Every figure of summary.txt, from the lines of samples.jsonl alone."""
-    rows = per_prompt(samples)
-    trials = sorted({s["trial"] for s in samples})
-    rewards, extra, measures = columns_of(samples)
-    figures = {}
-    for kind, names in (("rewards", rewards), ("extra", extra)):
-        for name in names:
-            by_trial = [np.mean([s[kind][name] for s in samples if s["trial"] == t]) for t in trials]
-            spread = float(np.std(by_trial, ddof=1)) if len(trials) > 1 else math.nan
-            figures[name] = Statistic(*mean_and_error([r[name] for r in rows]), spread)
-    for name in measures:
-        figures[name] = Statistic(*mean_and_error([r[name] for r in rows if not math.isnan(r[name])]))
-    seconds = sum(s["seconds"] for s in samples)
-    generated = sum(s["generated_tokens"] for s in samples)
-    figures["seconds_per_prompt"] = Statistic(seconds / len(samples) if seconds > 0 else math.nan)
-    figures["tokens_per_second"] = Statistic(generated / seconds if seconds > 0 else math.nan)
-    return figures
-
 
 # -------------------------------------------------------------------------------------------------------- the folder
 
@@ -569,58 +415,3 @@ def _identity_of(arguments: Mapping) -> str:
         return identity({name: arguments[name] for name in IDENTIFYING})
     except (TypeError, ValueError):
         return ""
-
-
-# ----------------------------------------------------------------------------------------------------------- summary
-
-
-def describe_weights(weights: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-
-
-def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
-    """summary.txt: what was run, then each figure with its errors."""
-
-    def number(value: float, digits: int = 4) -> str:
-        return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-    indices, kl_added = arguments["indices"], arguments["kl_added"]
-    head = {
-        "method": arguments["method"],
-        "weights": describe_weights(arguments["weights"]) or "none",
-        "settings": ", ".join(f"{k} {v}" for k, v in arguments["series"].items()) or "none",
-        "data set": arguments["dataset"],
-        "configuration": arguments["configuration"].get("label", ""),
-        "prompts": f"{len(indices)} (index {min(indices)} to {max(indices)}), trials: {arguments['num_trials']}",
-    }
-    lines = [f"{key:<16}{value}" for key, value in head.items() if value]
-    rewards = [n for n in figures if n not in MEASURES and not n.endswith(("_per_prompt", "_per_second"))]
-    width = max(16, *(len(name) + 2 for name in rewards))
-    lines += ["", f"{'reward':<{width}}{'mean':>10}{'s.e. over prompts':>20}{'s.d. over trials':>19}"]
-    for name in rewards:
-        f = figures[name]
-        lines.append(f"{name:<{width}}{number(f.mean):>10}{number(f.error):>20}{number(f.trials):>19}")
-    lines.append("")
-    if "log_ratio" in figures:
-        f = figures["log_ratio"]
-        sign = "<= " if kl_added else ""
-        parts = f" ({number(f.mean)} estimated + at most {number(kl_added)} by choosing one of N)" if kl_added else ""
-        lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}{parts}")
-    if search := arguments.get("kl_search"):
-        which = "one" if search["met"] else "the nearest one"
-        lines.append(
-            f"{'KL budget':<24}{search['budget']:g} nats; this beta, {which} of {search['tried']} that were tried, has "
-            f"{number(search['kl'])} (s.e. {number(search['error'])}) on one answer per prompt"
-        )
-    lines.append(f"{'seconds per prompt':<24}{number(figures['seconds_per_prompt'].mean)}")
-    lines.append(f"{'tokens per second':<24}{number(figures['tokens_per_second'].mean, 1)}")
-    lines.append(f"{'tokens per answer':<24}{figures['tokens'].mean:.1f}")
-    if all(name in figures for name in WORK):
-        language, value, gflop = (figures[name].mean for name in WORK)
-        text = f"{language:.0f} tokens of language models, {value:.0f} of value models, {gflop:.3g} GFLOP"
-        lines.append(f"{'work per answer':<24}{text}")
-    lines.append(f"{'distinct tokens':<24}{number(figures['distinct'].mean)} of an answer's tokens")
-    if "reference_log_prob" in figures:
-        lines.append(f"{'reference log-prob':<24}{number(figures['reference_log_prob'].mean)} per token")
-    lines.append(f"{'finished':<24}{100 * figures['finished'].mean:.0f} % of answers")
-    return "\n".join(lines) + "\n"

@@ -13,20 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.answers import answer_part
 from utils.cli import DataError, UsageError, progress
-from utils.evaluation import (
-    Method,
-    Models,
-    answer_part,
-    chunk_size,
-    describe,
-    load,
-    log_to_wandb,
-    points_table,
-    report_point,
-    run_spec,
-)
+from utils.evaluation import describe, log_to_wandb, points_table, report_point
 from utils.files import write_atomically
+from utils.methods import Method, Models, chunk_size, load, run_spec
 from utils.runs import CLAIMS, SUMMARY, Run, as_lines, join_run, open_run, part_path, rows_done
 from utils.settings import Settings
 from utils.sharding import Process, chunks, claims_of, share

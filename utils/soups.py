@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.cli import DataError
-from utils.places import check_adapter_folder
+from utils.places import ADAPTER, check_adapter_folder
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER
 SIDE_A, SIDE_B = ".lora_A.weight", ".lora_B.weight"
 # What the average of products does not cover, and what each option must be instead.
 PLAIN = {

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.cli import UsageError, parse_iterations
-from utils.evaluation import Method, Models
+from utils.methods import Method, Models
 from utils.places import candidate_head_path
-from utils.runs import fingerprint
+from utils.provenance import fingerprint
 from utils.settings import Settings, add_tilt_arguments
 
 VALUE_HEADS = ("scalar", "candidates")

@@ -19,9 +19,14 @@ EPS = 1e-6  # of the published min-max normalisation
 CLIP = 6.0  # v1 without normalisation: beta * value is at most this
 
 
-def widened(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 where they are float64."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision that is computed with where models have `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """Logits or scores in the precision that is computed with."""
+    return x.to(wide_dtype(x.dtype))
 
 
 def top_k_probs(

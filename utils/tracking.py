@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from utils.cli import DataError, check_wandb
+from utils.files import flat
 
 PROJECT = "mavis"
 
@@ -56,7 +57,7 @@ class Tracker:
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Figures that stand for the whole run; nested ones are joined with a slash."""
         if self.run is not None:
-            self.run.summary.update(_numbers(_flat(figures)))
+            self.run.summary.update(_numbers(flat(figures, "/")))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         """A table of text and numbers."""
@@ -83,13 +84,6 @@ class Tracker:
 
     def __exit__(self, kind, *_) -> None:
         self.finish(failed=kind is not None)
-
-
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for name, value in figures.items():
-        found |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

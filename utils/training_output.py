@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from utils.cli import DataError
-from utils.files import hold, put_in_place, write_atomically
+from utils.files import flat, hold, put_in_place, write_atomically
 from utils.places import ADAPTER, record_checksum
 
 METRICS, ARGUMENTS = "metrics.json", "args.yaml"
@@ -84,17 +84,9 @@ def discarded_unless_begun(partial: Path, *, main_process: bool = True):
         raise
 
 
-def _flat(data: dict, place: str = "") -> dict:
-    """Nested mappings as one of dotted keys."""
-    flat = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
-    return flat
-
-
 def _same_settings(folder: Path, settings: dict) -> None:
-    known = _flat((yaml.safe_load((folder / ARGUMENTS).read_text()) or {}).get("settings", {}))
-    settings = _flat(settings)
+    known = flat((yaml.safe_load((folder / ARGUMENTS).read_text()) or {}).get("settings", {}))
+    settings = flat(settings)
     for key in sorted(set(known) | set(settings)):
         if known.get(key) != settings.get(key):
             raise DataError(

@@ -1,4 +1,4 @@
-"""Trees of generated text as flat arrays: backed-up values, expected log-ratios, checks, and their growth.
+"""Trees of generated text as flat arrays: backed-up values, expected log-ratios, checks.
 
 Node 0 is the root and holds the prompt's tokens; every other node holds the tokens of one segment. Parents come
 before their children.

@@ -99,11 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     texts = read_prompts(file, config)[: spec.num_prompts] if args.pairs == "reward" else []
 
-    import hashlib
-
     from accelerate import Accelerator
 
-    from utils import arm, models, runs, training_output
+    from utils import arm, models, provenance, training_output
     from utils.files import write_json
     from utils.tracking import Tracker
 
@@ -111,12 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     device = accelerator.device if accelerator.num_processes > 1 else models.pick_device(args.device)
     settings = {
         "dataset": dataset.name, "objective": objective.name, "pairs": args.pairs, "base_model": base,
-        "base_content": runs.fingerprint(base), "prompts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
+        "base_content": provenance.fingerprint(base), "prompts": provenance.hash_of(texts)[:16],
         "reward": dataclasses.asdict(objective), "max_new_tokens": dataset.max_new_tokens,
         "top_k": config.decoding.top_k, "temperature": config.decoding.temperature,
         "training": dataclasses.asdict(spec),
     }  # fmt: skip
-    record = runs.provenance(device, accelerator.num_processes, config)
+    record = provenance.of_training(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         partial = training_output.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process,

@@ -172,12 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     texts = read_prompts(file, config)[: spec.num_prompts]
 
-    import hashlib
-
     from accelerate import Accelerator
 
-    from utils import runs, training_output
+    from utils import provenance, training_output
     from utils.models import pick_device
+    from utils.summaries import describe_weights
 
     pick = pick_device if args.algorithm == "ppo" else pick_one_gpu
     alone = None if "LOCAL_RANK" in os.environ else pick(args.device)  # before anything else looks for devices
@@ -185,11 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     device = alone or accelerator.device
     settings = {
         "algorithm": args.algorithm, "dataset": dataset.name, "weights": weights, "base_model": base,
-        "base_content": runs.fingerprint(base), "prompts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
+        "base_content": provenance.fingerprint(base), "prompts": provenance.hash_of(texts)[:16],
         "rewards": {n: dataclasses.asdict(config.objective(n)) for n in weights}, "max_new_tokens": max_new_tokens,
         "temperature": config.decoding.temperature, "training": dataclasses.asdict(spec),
     }  # fmt: skip
-    record = runs.provenance(device, accelerator.num_processes, config)
+    record = provenance.of_training(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         partial = training_output.open_output(
             folder, settings, record, rerun=args.rerun, main_process=accelerator.is_main_process, what="trained policy"
@@ -198,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
     accelerator.print(
-        f"{args.algorithm} for {runs.describe_weights(weights)}: {partial} until it is complete, then {folder}"
+        f"{args.algorithm} for {describe_weights(weights)}: {partial} until it is complete, then {folder}"
     )
     from utils.policy_training import Task, train_policy
     from utils.ppo import PLOT_FILE

@@ -112,7 +112,7 @@ def write_model(folder: Path, model, tokenizer, made_from: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
-    from utils import runs
+    from utils.provenance import fingerprint
 
     if args.base_model_name:
         given = dataclasses.replace(config.base_model, path=args.base_model_name, made_by="")
@@ -134,12 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         ]
         report_dry_run(rows)
         return 0
-    if recorded.get("base_content") not in (None, runs.fingerprint(base)):
+    if recorded.get("base_content") not in (None, fingerprint(base)):
         raise DataError(
             f"the adapter {adapter} was trained on another base than {base} ({recorded['base_model']}); "
             "give --base_model_name, or train it again"
         )
-    made_from = {"base": runs.fingerprint(base), "adapter": runs.fingerprint(adapter), "dtype": args.dtype}
+    made_from = {"base": fingerprint(base), "adapter": fingerprint(adapter), "dtype": args.dtype}
     hold(output)
     if is_complete(output, made_from, args.rerun):
         print(f"the merged model is complete: {output} (--rerun makes it again)")

@@ -36,7 +36,7 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, DatasetSpec, SFTSpec
-from utils.files import hold, lets_go, whole_folder
+from utils.files import command_line, hold, lets_go, whole_folder
 from utils.places import last_checkpoint
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
@@ -218,9 +218,11 @@ def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def flat(dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: list[Path], accumulation: int) -> dict:
+def settings_of(
+    dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: list[Path], accumulation: int
+) -> dict:
     """What determines the adapter, as plain data of one level, so that a difference can be named."""
-    from utils.runs import fingerprint
+    from utils.provenance import fingerprint
 
     plain = dataclasses.asdict(spec)
     lora = {f"lora_{name}": value for name, value in plain.pop("lora").items()}
@@ -348,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     files = data.local_files(source, config, args.data_files)
-    settings = flat(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
+    settings = settings_of(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
     hold(folder)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     if is_complete(folder, settings, args.rerun):
@@ -360,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_one_gpu(args.device)
     import torch
 
-    from utils import models, runs
+    from utils import models, provenance
     from utils.tracking import Tracker
 
     arguments = trainer_arguments(args, spec, checkpoints, device)
@@ -385,8 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer = train(model, tokenizer, examples, spec, arguments, resume)  # its callback logs into this run
 
     if is_main:
-        record = {"settings": settings, "rows": counts, "command": runs.command_line(), "versions": runs.versions()}
-        write_adapter(folder, trainer, tokenizer, settings, {**record, "commit": runs.git_commit()})
+        record = {"settings": settings, "rows": counts, "command": command_line(), "versions": provenance.versions()}
+        write_adapter(folder, trainer, tokenizer, settings, {**record, "commit": provenance.git_commit()})
         shutil.rmtree(checkpoints)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         change = f"loss per response token {losses[0]:.3f} to {losses[-1]:.3f}, " if losses else ""
