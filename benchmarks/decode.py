@@ -26,8 +26,10 @@ from benchmarks.measuring import (
     keep,
     peak_memory,
     random_prompts,
-)  # noqa: E402
-from utils import cli  # noqa: E402
+    reference_row,
+)
+from utils import cli
+from utils.places import value_model_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -43,6 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
+    if args.dry_run:
+        folders = {n: value_model_folder(config, args.value_model_dir, 0, n) for n in dataset.objectives}
+        rows = [
+            (f"value model of {n}", str(f), "here" if f.is_dir() else "a fresh one is made") for n, f in folders.items()
+        ]
+        cli.report_dry_run([reference_row(config, dataset), *rows[:3]])
+        return 0
 
     from utils.models import load_reference, pick_device, vocabulary_size
 
@@ -71,7 +80,7 @@ def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device)
 
     Trained ones share a backbone where they would in use, which `mavis_3` then reads once.
     """
-    from utils.models import load_value_models, new_value_model, pick_dtype, value_model_folder
+    from utils.models import load_value_models, new_value_model, pick_dtype
 
     folders = {name: value_model_folder(config, value_model_dir, 0, name) for name in dataset.objectives}
     trained = [name for name, folder in folders.items() if (folder / "adapter_model.safetensors").is_file()][:3]

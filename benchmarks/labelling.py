@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import conditions, in_turns, keep  # noqa: E402
-from utils import cli  # noqa: E402
+from benchmarks.measuring import conditions, in_turns, keep
+from utils import cli
 
 
 def build_parser() -> ArgumentParser:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.files import write_json
+from utils.places import reference_path
 
 
 def in_turns(
@@ -47,6 +48,12 @@ def add_decoding_arguments(parser: ArgumentParser, *, max_new_tokens: int) -> No
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each method")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     cli.add_common(parser)
+
+
+def reference_row(config, dataset) -> tuple[str, str, str]:
+    """What a benchmark of decoding loads, for `cli.report_dry_run`."""
+    path, made_by = reference_path(config, dataset)
+    return "reference", path, cli.found(path, made_by)
 
 
 def random_prompts(reference, rows: int, tokens: int):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import markdown_rows, run  # noqa: E402
-from utils.files import write_atomically  # noqa: E402
+from utils.cli import markdown_rows, run
+from utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 DECODING = {

@@ -20,8 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import add_decoding_arguments, answer, conditions, in_turns, keep, random_prompts  # noqa: E402
-from utils import cli  # noqa: E402
+from benchmarks.measuring import (
+    add_decoding_arguments,
+    answer,
+    conditions,
+    in_turns,
+    keep,
+    random_prompts,
+    reference_row,
+)
+from utils import cli
 
 KINDS = ("apart", "merged", "stacked")
 
@@ -35,10 +43,17 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
+    dataset = config.dataset(args.dataset)
+    if args.dry_run:
+        base = config.locate(config.value_model.path)
+        what = ("base of the value models", base, cli.found(base, config.value_model.made_by))
+        cli.report_dry_run([reference_row(config, dataset), what])
+        return 0
+
     from utils.models import load_reference, pick_device, vocabulary_size
 
     device = pick_device(args.device)
-    reference, tokenizer = load_reference(config, config.dataset(args.dataset), device)
+    reference, tokenizer = load_reference(config, dataset, device)
     models = value_models(config, tokenizer, vocabulary_size(reference), device)
     rows: list[dict] = []
     for batch_size in args.batch_size:

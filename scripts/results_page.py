@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
+from utils.files import write_atomically
 
 
 def build_parser() -> ArgumentParser:
@@ -136,6 +137,11 @@ def report_section(folder: Path, figures: Path, prefix: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
+    if args.dry_run:
+        inputs = [("notes", args.notes), *(("report", folder / "report.md") for folder in args.report)]
+        rows = [(what, str(path), cli.found(str(path))) for what, path in inputs]
+        cli.report_dry_run([*rows, ("page", str(args.output), "made by this command")])
+        return 0
     for path in (args.notes, *(folder / "report.md" for folder in args.report)):
         if not path.is_file():
             raise cli.DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
@@ -147,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
     records = [read(folder / "report.json") for folder in args.report]
-    args.output.with_suffix(".json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
+    write_atomically(args.output.with_suffix(".json"), json.dumps(records, separators=(",", ":")) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
         "## Reward models\n",
@@ -158,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     log = config.default_path("run.log")
     if log.is_file():
         parts += ["## Minutes\n", minutes_section(log)]
-    args.output.write_text("\n".join([*parts, *reports]))
+    write_atomically(args.output, "\n".join([*parts, *reports]))
     print(f"{args.output} ({len(args.output.read_text().splitlines())} lines)")
     return 0
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What each method's training took: generated tokens, tokens read in training, operations, seconds.
+"""What the trainings of value models and policies took: generated tokens, tokens read in training, operations, seconds.
 
     python scripts/training_work.py --config tiny --output workspaces/tiny/training_work.json
 
-Reads what the stages left in the workspace (trees, value models, policies, autoregressive reward models); nothing is
-loaded. Operations are those of utils/costs.py: the matrix products of every pass. The reward models' reading of leaves
-and answers is left out. The states that a ridge start reads are counted for each value model, as if it were trained
-alone; objectives of one command read them together. Seconds are those that the stages measured, on the device and under
-the load that there was.
+Reads what the stages left in the workspace (trees, value models, policies of PPO); no model is loaded. Autoregressive
+reward models and policies of RLOO and GRPO are not counted. Operations are those of utils/costs.py: the matrix products
+of every pass. The reward models' reading of leaves and answers is left out. The states that a ridge start reads are
+counted for each value model, as if it were trained alone; objectives of one command read them together. Seconds are
+those that the stages measured, on the device and under the load that there was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli  # noqa: E402
+from utils import cli
+from utils.places import reference_path
 
 
 def build_parser() -> ArgumentParser:
@@ -34,8 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
+    if args.dry_run:
+        folders = {"value models": ("value_models",), "policies": ("morlhf", dataset.name)}
+        paths = {what: str(config.default_path(*parts)) for what, parts in folders.items()}
+        cli.report_dry_run([(what, path, cli.found(path)) for what, path in paths.items()])
+        return 0
+
     from utils.files import write_json
-    from utils.models import reference_path, resolved_config
+    from utils.models import resolved_config
 
     reference = resolved_config(reference_path(config, dataset)[0])
     value = resolved_config(config.locate(config.value_model.path))
@@ -97,7 +104,7 @@ def policy_rows(config, dataset, reference) -> list[dict]:
 
     from utils.costs import forward_flops, training_flops
     from utils.data import encode_prompts, prompts_csv, read_prompts
-    from utils.models import load_tokenizer, reference_path
+    from utils.models import load_tokenizer
 
     rows, folder = [], Path(config.default_path("morlhf", dataset.name))
     found = [f.parent for f in sorted(folder.glob("*/*/metrics.json")) if (f.parent / "training_log.csv").is_file()]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli  # noqa: E402
+from utils import cli
 
 
 def build_parser() -> ArgumentParser:

@@ -111,6 +111,22 @@ def test_every_stage_takes_the_shared_arguments():
         assert shared <= flags, f"{script} lacks {shared - flags}"
 
 
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("benchmarks/decode.py", ["--output", "made.json"]),
+        ("benchmarks/value_adapters.py", ["--output", "made.json"]),
+        ("scripts/training_work.py", ["--output", "made.json"]),
+        ("scripts/results_page.py", ["--report", "r", "--notes", "n.md", "--output", "page.md"]),
+    ],
+)
+def test_a_dry_run_of_what_measures_and_sums_up_loads_and_makes_nothing(script, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    world = ["--config", "tiny", "--workspace", str(tmp_path / "nothing"), "--dry_run"]
+    assert load(script).main([*argv, *world]) == 0
+    assert capsys.readouterr().out.startswith("what") and not any(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------------------- commands that are written down
 
 

@@ -217,6 +217,18 @@ def test_micro_batches_change_memory_alone(tmp_path):
     assert all(torch.allclose(logs[0][n], logs[1][n], atol=1e-8) for n in logs[0])
 
 
+def test_micro_batches_do_not_make_the_host_wait_more_often(tmp_path, monkeypatch):
+    """What is read of a device waits for it: once an optimizer step, whatever its number of forward passes."""
+    reads, real = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: reads.append(1) or real(self))
+    counts = []
+    for size in (1, 12):
+        reads.clear()
+        train(new_policy(), tmp_path / str(size), dataclasses.replace(SPEC, micro_batch_size=size))
+        counts.append(len(reads))
+    assert counts[0] == counts[1]
+
+
 def log_of(folder):
     with (folder / "training_log.csv").open(newline="") as file:
         return list(csv.DictReader(file))

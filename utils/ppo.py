@@ -57,6 +57,7 @@ from utils.training_output import METRICS, save_adapter
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"
 CONTROLLER_CLIP = 0.2  # of the relative error of the KL
+LOSS_PARTS = ("policy_loss", "value_loss", "clip_fraction", "approximate_kl")
 
 # (prompts' indices, responses as token ids) -> {objective: (N,) rewards}
 Score = Callable[[Sequence[int], Sequence[Sequence[int]]], Mapping[str, np.ndarray]]
@@ -310,8 +311,13 @@ def add_gradients(
     tokens: float,
     spec: PPOSpec,
 ) -> dict[str, float]:
-    """Add the gradients of the losses over some answers, each token counting 1 / tokens; returns the losses' parts."""
-    parts = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl", "ratio_error"), 0.0)
+    """Add the gradients of the losses over some answers, each token counting 1 / tokens.
+
+    Returns:
+        the sums of `LOSS_PARTS` over the passes, and the largest ratio's error; the device is waited for once.
+    """
+    sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=policy.device)
+    error = torch.zeros((), dtype=torch.float64, device=policy.device)
     rows = sorted(rows, key=lambda i: length_of(answers[i]))
     for start in range(0, len(rows), spec.micro_batch_size):
         part = rows[start : start + spec.micro_batch_size]
@@ -329,12 +335,10 @@ def add_gradients(
         (p + spec.value_coef * v).backward()
         with torch.no_grad():
             change = (log_probs - old) * mask
-            parts["policy_loss"] += float(p)
-            parts["value_loss"] += float(v)
-            parts["clip_fraction"] += float((clipped * mask).sum() / tokens)
-            parts["approximate_kl"] += float((change.exp() - 1 - change).sum() / tokens)  # Schulman's k3 estimator
-            parts["ratio_error"] = max(parts["ratio_error"], float((change.exp() - 1).abs().max()))
-    return parts
+            kl = (change.exp() - 1 - change).sum() / tokens  # Schulman's k3 estimator
+            sums += torch.stack([p, v, (clipped * mask).sum() / tokens, kl])
+            error = torch.maximum(error, (change.exp() - 1).abs().max().double())
+    return dict(zip((*LOSS_PARTS, "ratio_error"), torch.cat([sums, error[None]]).tolist(), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- training

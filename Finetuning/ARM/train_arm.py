@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
 from utils.cli import UsageError, add_common, config_from, found, objectives_of, overridden, report_dry_run, run
-from utils.config import ArmSpec, DatasetSpec, number_problem
+from utils.config import ArmSpec, Config, DatasetSpec, ObjectiveSpec, number_problem
 from utils.files import lets_go
 from utils.places import reference_path, reward_rows
 
@@ -62,7 +62,6 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> ArmSpec:
     Raises:
         UsageError: a number that cannot be meant.
     """
-
     spec = overridden(dataset.arm, args, problem=number_problem)
     for name, value in (
         ("micro_batch_size", args.micro_batch_size), ("save_steps", args.save_steps), ("num_epochs", spec.num_epochs)
@@ -72,48 +71,72 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> ArmSpec:
     return dataclasses.replace(spec, lora=overridden(spec.lora, args, "lora_", number_problem))
 
 
-@lets_go
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    config = config_from(args)
-    dataset = config.dataset(args.dataset)
+def objective_of(args: Namespace, config: Config, dataset: DatasetSpec) -> ObjectiveSpec:
+    """The objective that is learned.
+
+    Raises:
+        UsageError: several, or one without the pairs that are asked for.
+    """
     names = objectives_of(dataset, args.objective)
     if len(names) > 1:
         raise UsageError(f"--objective {args.objective}: one at a time; valid: {', '.join(dataset.objectives)}")
     objective = config.objective(names[0])
-    spec = training_spec(args, dataset)
     if args.pairs == "preference" and (objective.training is None or objective.training.kind != "preference"):
         raise UsageError(f"--pairs preference: {config.path} names no preference pairs for {objective.name}")
+    return objective
+
+
+def dry_run(args: Namespace, config: Config, dataset: DatasetSpec, objective: str, prompts: Path, folder: Path) -> None:
+    """Print what would be loaded and made."""
     base, made_by = reference_path(config, dataset)
-    folder = Path(args.output_dir) if args.output_dir else rivals.arm_folder(config, dataset, objective.name)
+    rows = [("reference", base, found(base, made_by))]
+    if args.pairs == "reward":
+        made = f"python dataset_preprocess.py {dataset.name} --split train"
+        rows += [("prompts", str(prompts), found(str(prompts), made)), *reward_rows(config, [objective])]
+    report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
 
-    from utils.data import prompts_csv, read_prompts
 
-    file = prompts_csv(config, dataset, "train")
-    if args.dry_run:
-        rows = [("reference", base, found(base, made_by))]
-        if args.pairs == "reward":
-            made = f"python dataset_preprocess.py {dataset.name} --split train"
-            rows += [("prompts", str(file), found(str(file), made)), *reward_rows(config, [objective.name])]
-        report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
-        return 0
-    texts = read_prompts(file, config)[: spec.num_prompts] if args.pairs == "reward" else []
+def settings_of(
+    args: Namespace, config: Config, dataset: DatasetSpec, objective: ObjectiveSpec, spec: ArmSpec, texts: list[str]
+) -> dict:
+    """What determines the adapter, as plain data."""
+    from utils import provenance
 
-    from accelerate import Accelerator
-
-    from utils import arm, models, provenance, training_output
-    from utils.files import write_json
-    from utils.tracking import Tracker
-
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    device = accelerator.device if accelerator.num_processes > 1 else models.pick_device(args.device)
-    settings = {
+    base, _ = reference_path(config, dataset)
+    return {
         "dataset": dataset.name, "objective": objective.name, "pairs": args.pairs, "base_model": base,
         "base_content": provenance.fingerprint(base), "prompts": provenance.hash_of(texts)[:16],
         "reward": dataclasses.asdict(objective), "max_new_tokens": dataset.max_new_tokens,
         "top_k": config.decoding.top_k, "temperature": config.decoding.temperature,
         "training": dataclasses.asdict(spec),
     }  # fmt: skip
+
+
+@lets_go
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = config_from(args)
+    dataset = config.dataset(args.dataset)
+    objective = objective_of(args, config, dataset)
+    spec = training_spec(args, dataset)
+    folder = Path(args.output_dir) if args.output_dir else rivals.arm_folder(config, dataset, objective.name)
+
+    from utils.data import prompts_csv, read_prompts
+
+    file = prompts_csv(config, dataset, "train")
+    if args.dry_run:
+        dry_run(args, config, dataset, objective.name, file, folder)
+        return 0
+    texts = read_prompts(file, config)[: spec.num_prompts] if args.pairs == "reward" else []
+
+    from accelerate import Accelerator
+
+    from utils import arm, models, provenance, training_output
+    from utils.tracking import Tracker
+
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    device = accelerator.device if accelerator.num_processes > 1 else models.pick_device(args.device)
+    settings = settings_of(args, config, dataset, objective, spec, texts)
     record = provenance.of_training(device, accelerator.num_processes, config)
     with accelerator.main_process_first():
         partial = training_output.open_output(
@@ -142,12 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         tracker.summary(metrics["held_out"])
     if accelerator.is_main_process:
-        (partial / arm.PAIRS_FILE).unlink(missing_ok=True)
-        training_output.save_adapter(model, partial)
         known = {"kind": "arm", "dataset": dataset.name, "objective": objective.name, "label": config.label}
-        known |= {"base_model": base, "base_content": settings["base_content"]}
-        write_json(partial / rivals.RECORD, known | metrics)
-        training_output.publish(partial, folder)
+        known |= {name: settings[name] for name in ("base_model", "base_content")}
+        publish(model, partial, folder, known | metrics)
     accelerator.wait_for_everyone()
     held = metrics["held_out"]
     accelerator.print(
@@ -155,6 +175,17 @@ def main(argv: list[str] | None = None) -> int:
         f"{held['accuracy_of_longer']:.3f}), {metrics['seconds']:.0f} s\nadapter: {folder}"
     )
     return 0
+
+
+def publish(model, partial: Path, folder: Path, record: dict) -> None:
+    """Put the trained adapter and its record in their place; the sampled pairs are needed no more."""
+    from utils import arm, training_output
+    from utils.files import write_json
+
+    (partial / arm.PAIRS_FILE).unlink(missing_ok=True)
+    training_output.save_adapter(model, partial)
+    write_json(partial / rivals.RECORD, record)
+    training_output.publish(partial, folder)
 
 
 if __name__ == "__main__":

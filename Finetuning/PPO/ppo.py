@@ -134,7 +134,6 @@ def training_spec(args: Namespace, dataset: DatasetSpec, config: Config) -> PPOS
     Raises:
         UsageError: a number that cannot be meant.
     """
-
     spec = overridden(dataset.ppo, args, problem=number_problem)
     lora = overridden(spec.lora, args, "lora_", number_problem)
     spec = dataclasses.replace(spec, lora=lora, top_k=spec.top_k or config.decoding.top_k)

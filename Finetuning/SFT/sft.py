@@ -89,7 +89,6 @@ def training_spec(args: Namespace, dataset: DatasetSpec) -> SFTSpec:
     Raises:
         UsageError: a number that cannot be meant.
     """
-
     spec = overridden(dataset.sft, args)
     spec = dataclasses.replace(spec, lora=overridden(spec.lora, args, "lora_"))
     least = {"batch_size": 1, "max_steps": 1, "num_samples": 1, "max_length": 2, "warmup_steps": 0, "seed": 0}
