@@ -377,3 +377,28 @@ def test_what_a_library_says_of_a_full_disk_is_one_line(error, said, capsys, mon
     assert cli.run(fail) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("torch", "tried to allocate 4503599627370496 bytes"),
+        ("numpy", "Unable to allocate 8.00 PiB"),
+        ("python", "error: out of memory: a smaller"),
+        ("gpu", "Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_a_full_memory_is_one_line_that_says_what_to_do(where, said, capsys, monkeypatch):
+    import numpy as np
+    import torch
+
+    monkeypatch.delenv("MAVIS_DEBUG", raising=False)
+
+    def fail():
+        if where == "gpu":  # as the library words it
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...\nSee")
+        return {"torch": torch.empty, "numpy": np.zeros, "python": bytearray}[where](1 << 50)
+
+    assert cli.run(fail) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory") and err.count("\n") == 1 and said in err and "--batch_size" in err

@@ -70,9 +70,22 @@ def run(main: Callable[[], int | None]) -> int:
         print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:
-        if (known := _library_os_error(error)) is None:
+        if (known := _no_memory(error) or _library_os_error(error)) is None:
             raise
         return _fail(known, 1)
+
+
+def _no_memory(error: Exception) -> DataError | None:
+    """A device's or the machine's memory that is full, as torch, numpy and Python say it."""
+    said = " ".join(str(error).split())
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not full and not re.search(r"DefaultCPUAllocator|CUDA out of memory|bad_alloc", said):
+        return None
+    wanted = re.search(r"(?i)(?:tried|unable) to allocate \S+ ?\w*", said)
+    return DataError(
+        f"out of memory{f' ({wanted[0]})' if wanted else ''}: a smaller --batch_size needs less, where the command has "
+        "one; what was finished is kept, and the same command goes on from there"
+    )
 
 
 def _library_os_error(error: Exception) -> OSError | None:
