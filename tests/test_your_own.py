@@ -40,7 +40,8 @@ def commands(text):
 def execute(words, patch):
     """One command's output: a script of the repository in this process, any other in one of its own."""
     if words[0] == "export":
-        patch.setenv(*words[1].split("=", 1))
+        name, value = words[1].split("=", 1)
+        patch.setenv(name, value.replace("$PWD", str(REPOSITORY)))  # where the page's commands are given
         return ""
     assert words[0] == "python" and not set("|;&$<>") & set("".join(words)), f"not a plain command: {words}"
     if words[1] not in SCRIPTS:
@@ -133,6 +134,18 @@ def test_the_pages_own_method_stands_in_the_report_with_its_kl(world):
     assert cool["prompts"] == 40 and cool["trials"] == 3 and cool["kl"] > 0 and cool["seconds_per_prompt"] > 0
     assert set(cool["rewards"]) == {"on_topic", "warm"}
     assert "| cool |" in (world.folder / "report" / "report.md").read_text()
+
+
+def test_steering_from_python_gives_what_the_script_gives(world):
+    said = world.printed[f"python {world.folder}/steer.py"]
+    answers = dict(re.findall(r"^(.*): (.*) \[log-ratio -?\d+\.\d\d\]$", said, re.M))
+    assert list(answers) == [
+        "on_topic 0, warm 1", "on_topic 0.5, warm 0.5", "on_topic 1, warm 0", "the question's own words"
+    ]  # fmt: skip
+    [script] = [out for command, out in world.printed.items() if "--prompt" in command]
+    for name, weights in (("warm 1", "on_topic 0, warm 1"), ("on_topic 1", "on_topic 1, warm 0")):
+        assert f"\n{name}, beta 4:\n{answers[weights]}\n" in script
+    assert set(["ice", "snow", "tea"]) & set(answers["the question's own words"].split())
 
 
 def test_no_test_prompt_was_trained_on(world):
