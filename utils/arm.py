@@ -108,8 +108,8 @@ def reference_pairs(
 ) -> list[TokenPair]:
     """`sample_pairs` of a model with its adapter off, ranked by the objective's reward; kept in `file`, so that a
     resumed run has them."""
+    from utils.cached_models import context_length
     from utils.data import encode_prompts
-    from utils.models import context_length
     from utils.rewards import RewardSet
 
     if file.is_file():

@@ -54,7 +54,6 @@ def steering_method(
     kind: str,
     series: dict[str, Any] | None = None,
     generator: Callable | None = None,
-    num_samples: int = 1,
     beams_per_candidate: float = 1.0,
 ) -> Method:
     """The evaluation method of a MAVIS policy at a point; the others as in `Method`.
@@ -131,6 +130,5 @@ def steering_method(
         },
         checkpoints=checkpoints,
         generator=generator,
-        num_samples=num_samples,
         beams_per_candidate=beams_per_candidate,
     )
