@@ -15,7 +15,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from utils import cli
-from utils.places import candidate_head_path, check_adapter_folder, value_model_folder
+from utils.places import candidate_head_path, check_adapter_folder, value_model_command, value_model_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     betas = [cli.check_beta(beta) for beta in args.betas]
     output = args.output_dir or str(config.default_path("candidate_heads"))
     folders = {n: value_model_folder(config, args.value_model_dir, args.value_model_iter, n) for n in objectives}
-    made_by = {n: f"python train_value_model.py --objective {n} --output_dir {folders[n]}" for n in objectives}
+    made_by = {n: value_model_command(n, folders[n]) for n in objectives}
     if args.dry_run:
         rows = [(f"value model of {n}", str(folders[n]), cli.found(str(folders[n]), made_by[n])) for n in objectives]
         cli.report_dry_run([*rows, ("candidate heads", output, "made by this command")])
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         check_adapter_folder(folders[name], f"value model of {name}", made_by[name])
 
     from utils import candidates, models
+    from utils.cached_models import context_length
     from utils.data import encode_prompts, prompts_csv, read_prompts
     from utils.provenance import fingerprint
     from utils.tracking import Tracker
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     size = models.vocabulary_size(reference)
     value_models = models.load_value_models(config, args.value_model_dir, iterations, tokenizer, size, device)
     texts = read_prompts(prompts_csv(config, dataset, "train"), config)[: args.num_prompts]
-    contexts = filter(None, map(models.context_length, (reference, *value_models.values())))
+    contexts = filter(None, map(context_length, (reference, *value_models.values())))
     room = min(contexts, default=1 << 30) - dataset.max_new_tokens
     decoding = config.decoding
     seen = candidates.watch(

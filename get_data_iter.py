@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.collection import add_collection_arguments, collect, dry_run
-from utils.places import check_adapter_folder
+from utils.places import check_adapter_folder, value_model_command
 
 SHAPE = {"root_children": 2, "non_root_children": 3, "num_layers": 4}  # published for iterations above 0
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, f"iter_{iteration + 1}", objective)
     root = args.value_model_dir or str(config.default_path("value_models"))
     folder = f"{root}/iter_{iteration}/{objective}"
-    made_by = f"train_value_model.py --objective {objective} --output_dir {folder}"
+    made_by = value_model_command(objective, folder)
     if args.dry_run:
         return dry_run(
             config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils.provenance import fingerprint
 
-    check_adapter_folder(Path(folder), f"value model of {objective}", f"python {made_by}")
+    check_adapter_folder(Path(folder), f"value model of {objective}", made_by)
 
     def build(reference, tokenizer, device, top_k, temperature):
         from utils.models import load_value_models, vocabulary_size

@@ -1,5 +1,6 @@
 """Autoregressive reward models: the loss, the pairs, training and resuming, the script as the evaluation uses it."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -92,6 +93,13 @@ def test_training_learns_a_preference_and_a_killed_one_goes_on_to_the_same_adapt
     for (name, p), (_, q) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(p, q), name
     assert [r["loss"] for r in log_of(tmp_path / "cut")] == [r["loss"] for r in log_of(tmp_path / "whole")]
+
+
+def test_weights_that_the_last_step_broke_are_no_reward_model(tmp_path):
+    training, held_out = arm.split_pairs(lexical_pairs(), 0)
+    spec = dataclasses.replace(SPEC, lr=1e36, batch_size=len(training), num_epochs=1)
+    with pytest.raises(DataError, match="the loss of held-out pairs is nan"):
+        arm.train(fresh(), training, held_out, spec, tmp_path, device=CPU)
 
 
 def test_the_script_leaves_an_adapter_that_the_evaluation_decodes_with(rival_world, capsys, tmp_path):

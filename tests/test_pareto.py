@@ -7,23 +7,18 @@ import numpy as np
 import pytest
 
 from utils.pareto import (
-    THEMES,
-    Look,
-    PlotPoint,
     bootstrap,
     equal_kl,
     hypervolume,
     hypervolume_draws,
     line_at,
-    looks_of,
     mean_interval,
     paired_difference,
     pareto_front,
     percentiles,
-    plot_curves,
-    plot_front,
     reference_point_of,
 )
+from utils.plots import THEMES, Look, PlotPoint, looks_of, plot_curves, plot_front
 
 
 def brute_front(points):

@@ -62,6 +62,18 @@ def test_points_are_the_runs_of_their_own_commands_from_one_load(script, loads, 
     assert {read_arguments(f)["identity"]: answers(f) for f in again} == mine and len(again) == 4
 
 
+def test_an_adapter_is_looked_at_once_however_many_points_it_serves(script, monkeypatch):
+    looked, look = [], utils.models.check_adapter_folder
+    monkeypatch.setattr(utils.models, "check_adapter_folder", lambda f, *a: looked.append(f.name) or look(f, *a))
+    once = ("mavis", "--obj_weights", "0.25,0.75", "--beta", 1)
+    script(*once)
+    counts = [len(looked)]
+    looked.clear()
+    script(*once, 2, 3, "--rerun")
+    counts.append(len(looked))
+    assert counts[0] == counts[1] and set(looked) == {"low", "even"}
+
+
 def test_the_same_command_loads_nothing_for_complete_points_and_completes_a_killed_one(script, loads, capsys):
     command = ("mavis", "--front", "low,even", "--points", 3, "--beta", 2)
     script(*command)

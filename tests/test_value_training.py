@@ -490,6 +490,13 @@ def test_a_resumed_training_refuses_other_trees(tmp_path):
         train(model, examples(23), examples(8, validation_nodes, start=100), SPEC, tmp_path)
 
 
+def test_weights_that_the_last_step_broke_are_no_value_model(tmp_path):
+    """The training loss is taken before a step's update, so that of a single step says nothing of what it did."""
+    with pytest.raises(DataError, match="the validation loss is (nan|inf) at step 1"):
+        trained(tmp_path, num_epochs=1, batch_size=1000, lr=1e36, warmup_steps=0)
+    assert not (tmp_path / "state.json").exists()
+
+
 def test_validation_stays_a_fifth_of_the_training_however_many_trees_it_has():
     data, many = examples(10), examples(60, validation_nodes, start=100)
     epoch = sum(unit_tokens(x, x.nodes) for x in data)

@@ -108,8 +108,8 @@ def reference_pairs(
 ) -> list[TokenPair]:
     """`sample_pairs` of a model with its adapter off, ranked by the objective's reward; kept in `file`, so that a
     resumed run has them."""
+    from utils.cached_models import context_length
     from utils.data import encode_prompts
-    from utils.models import context_length
     from utils.rewards import RewardSet
 
     if file.is_file():
@@ -238,7 +238,7 @@ def train(
     dropout. A checkpoint in the folder is gone on from.
 
     Raises:
-        DataError: the loss is no finite number.
+        DataError: the loss, in training or on the held-out pairs, is no finite number.
     """
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -277,7 +277,7 @@ def train(
             seconds = round(time.perf_counter() - began, 2)
             row = {"step": step + 1, "loss": float(loss), "grad_norm": norm, "seconds": seconds}
             if not math.isfinite(row["loss"]):
-                raise DataError(f"training diverged at step {step + 1}; try a lower --lr")
+                raise DataError(f"training diverged at step {step + 1}; try a lower --lr, and --rerun")
             rows.append(row)
             log(row)
             bar.update(1)
@@ -288,4 +288,8 @@ def train(
     if accelerator:
         accelerator.wait_for_everyone()
     held = measure(model, held_out, spec.reward_beta, device)
+    if not math.isfinite(held["loss"]):  # the last step's update may be what broke the weights
+        raise DataError(
+            f"training diverged: the loss of held-out pairs is {held['loss']}; try a lower --lr, and --rerun"
+        )
     return {"num_pairs": len(pairs), "steps": total, "seconds": rows[-1]["seconds"], "held_out": held}

@@ -157,6 +157,16 @@ class SlotCache(Cache):
             self.store = kept
 
 
+def text_config(model: nn.Module):
+    """The configuration of a model's decoder, where it is part of a larger one."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that a model can attend to, or None where its configuration sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """A transformers model without its PEFT wrapper; the adapter's layers are inside the base."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -196,9 +206,8 @@ class CachedModel:
         self.heads = heads
         self.members = None if members is None else tuple(members)
         self.copies = 1 if members is None else len(members)
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self.num_layers = getattr(text, "num_hidden_layers", 0)
-        self.context = getattr(text, "max_position_embeddings", None)
+        self.num_layers = getattr(text_config(model), "num_hidden_layers", 0)
+        self.context = context_length(model)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.attention_config = model.config

@@ -30,7 +30,7 @@ from transformers import (
 from utils.cached_models import backbone_of
 from utils.cli import DataError, quiet_libraries
 from utils.config import Config, DatasetSpec, LoraSpec, ModelSpec
-from utils.places import check_adapter_folder, reference_path, value_model_folder
+from utils.places import check_adapter_folder, reference_path, value_model_command, value_model_folder
 from utils.provenance import fingerprint
 from utils.sharding import this_process
 from utils.shared_base import AdapterOf, AdapterStack
@@ -309,15 +309,7 @@ def new_value_model(
             _check_trained_for(Path(init_checkpoint), tokenizer, spec.pooling)
             return _load_adapter(base, init_checkpoint, is_trainable=True).to(device)
         torch.nn.init.zeros_(base.score.weight)
-        lora = LoraConfig(
-            task_type="SEQ_CLS",
-            r=spec.lora.r,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules=list(spec.lora.target_modules),
-            modules_to_save=["score"],
-        )
-        return get_peft_model(base, lora).to(device)
+        return get_peft_model(base, lora_config(spec.lora, "SEQ_CLS", modules_to_save=["score"])).to(device)
 
 
 def load_value_model(
@@ -340,9 +332,7 @@ def load_value_model(
 def _adapted_value_model(
     config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> PeftModel:
-    check_adapter_folder(
-        folder, "value model", f"python train_value_model.py --objective {folder.name} --output_dir {folder}"
-    )
+    check_adapter_folder(folder, "value model", value_model_command(folder.name, folder))
     _check_trained_for(folder, tokenizer, config.value_model.pooling)
     base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
     return _load_adapter(base, folder)
@@ -369,14 +359,11 @@ def load_value_models(
         DataError: as `load_value_model`; to be stacked, an adapter that is no plain LoRA.
     """
     folders = {name: value_model_folder(config, value_model_dir, n, name) for name, n in iterations.items()}
-    for name, folder in folders.items():  # all are looked for before the first is loaded
-        check_adapter_folder(
-            folder, f"value model of {name}", f"python train_value_model.py --objective {name} --output_dir {folder}"
-        )
     loaded = {} if loaded is None else loaded
-    for folder in folders.values():
-        if folder in loaded:
-            continue
+    new = {name: folder for name, folder in folders.items() if folder not in loaded}
+    for name, folder in new.items():  # all are looked for before the first is loaded
+        check_adapter_folder(folder, f"value model of {name}", value_model_command(name, folder))
+    for folder in new.values():
         only_head = _only_head_is_trained(folder)
         if adapters == "stacked" and not only_head:
             stack = loaded.setdefault("stack", AdapterStack())
@@ -491,14 +478,15 @@ def new_policy(
     return policy, tokenizer
 
 
-def lora_config(lora: LoraSpec, task_type: str = "CAUSAL_LM") -> LoraConfig:
-    """PEFT's configuration of an adapter."""
+def lora_config(lora: LoraSpec, task_type: str = "CAUSAL_LM", **more) -> LoraConfig:
+    """PEFT's configuration of an adapter; `more` of its options."""
     return LoraConfig(
         task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
+        **more,
     )
 
 
@@ -551,12 +539,6 @@ def load_encoder(
     return _load(AutoModel, path, "encoder", dtype=dtype).to(device).eval(), load_tokenizer(path)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that a model can attend to, or None where its configuration sets no limit."""
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(text, "max_position_embeddings", None)
-
-
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
     return model.get_input_embeddings().num_embeddings
@@ -571,18 +553,6 @@ def merge_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel
     """The base with a LoRA adapter added into its weights, in eval mode."""
     check_adapter_folder(Path(adapter), "adapter")
     return _load_adapter(base, adapter).merge_and_unload().eval()
-
-
-def merged_causal_lm(
-    path: str,
-    adapter: str | Path,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    vocab_size: int | None = None,
-):
-    """A causal language model with a LoRA adapter merged into it."""
-    base = load_causal_lm(path, torch.device("cpu"), torch.float32, vocab_size=vocab_size)
-    return merge_adapter(base, adapter).to(device, dtype)
 
 
 def resolved_config(path: str):

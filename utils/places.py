@@ -32,6 +32,11 @@ def value_model_folder(config: Config, value_model_dir: str | Path | None, itera
     return root / f"iter_{iteration}" / objective
 
 
+def value_model_command(objective: str, folder: str | Path) -> str:
+    """The command that trains an objective's value model, but for its data."""
+    return f"python train_value_model.py --objective {objective} --output_dir {folder}"
+
+
 def candidate_head_path(candidate_head_dir: str | Path, iteration: int, objective: str) -> Path:
     """<candidate_head_dir>/iter_<N>/<objective>.safetensors."""
     return Path(candidate_head_dir) / f"iter_{iteration}" / f"{objective}.safetensors"
@@ -53,7 +58,7 @@ def check_adapter_folder(folder: Path, what: str, made_by: str = "") -> None:
         recorded = json.loads((folder / RECORD).read_text()).get(CHECKSUM)
     except (OSError, ValueError, AttributeError):  # an adapter from elsewhere
         recorded = None
-    if recorded not in (None, adapter_checksum(folder)):
+    if recorded is not None and recorded != adapter_checksum(folder):
         raise DataError(f"{what}: the adapter in {folder} is not the one that {RECORD} was written for: it is damaged")
 
 

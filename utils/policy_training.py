@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from utils import models, ppo
+from utils.cached_models import context_length
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec, PPOSpec
 from utils.data import encode_prompts
@@ -55,7 +56,7 @@ def train_policy(
             )
         else:  # TRL puts the adapter on itself
             model, tokenizer = models.load_reference(config, dataset, device, task.base, dtype)
-        room = (models.context_length(model) or 1 << 30) - task.max_new_tokens
+        room = (context_length(model) or 1 << 30) - task.max_new_tokens
         if room < 1:
             raise DataError(f"--max_new_tokens {task.max_new_tokens} leaves no room for a prompt in the context")
         prompts = encode_prompts(dataset, tokenizer, task.texts, room)

@@ -18,19 +18,15 @@ import numpy as np
 
 from utils.cli import DataError
 from utils.pareto import (
-    THEMES,
-    PlotPoint,
     equal_kl,
     hypervolume_draws,
-    looks_of,
     mean_interval,
     paired_difference,
     pareto_front,
     percentiles,
-    plot_curves,
-    plot_front,
     reference_point_of,
 )
+from utils.plots import THEMES, PlotPoint, looks_of, plot_curves, plot_front
 from utils.report_points import ALWAYS_NAMED, GENERATED, WEIGHTED, Point, grouped, series_names, short, spans
 from utils.summaries import WORK, describe_weights, mean_and_error
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from utils import cli, models, pooled_reward
+from utils.cached_models import context_length
 from utils.config import Config, ObjectiveSpec, RewardTrainingSpec
 from utils.files import write_atomically
 from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
@@ -216,7 +217,7 @@ def train_full(
         config.locate(config.base_model.path), device, num_layers=training.num_layers, seed=training.seed,
         special_tokens=config.base_model.special_tokens, made_by=config.base_model.made_by,
     )  # fmt: skip
-    limit = min(training.max_length, models.context_length(model) or training.max_length)
+    limit = min(training.max_length, context_length(model) or training.max_length)
     conversations, responses = sides(source)
     rows = tokenizer(
         [full_text(spec, c, r, tokenizer) for c, r in zip(conversations, responses, strict=True)],

@@ -18,6 +18,7 @@ import torch
 
 from utils import models
 from utils.batching import length_batches, pad_right
+from utils.cached_models import context_length
 from utils.cli import DataError
 from utils.config import Config, DatasetSpec, ObjectiveSpec
 from utils.places import training_command
@@ -165,7 +166,7 @@ class _Classifier:
             raise DataError(
                 f"objectives.{spec.name}.label is {spec.label}, but {spec.path} has {labels} labels (0 to {labels - 1})"
             )
-        limits = (spec.max_length, self.tokenizer.model_max_length, models.context_length(self.model))
+        limits = (spec.max_length, self.tokenizer.model_max_length, context_length(self.model))
         self.max_length = int(min(n for n in limits if n))
         self.row_tokens = row_tokens if classifies_rows(self.model, self.max_length) else 0
 

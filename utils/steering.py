@@ -46,6 +46,41 @@ def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) ->
     add_tilt_arguments(parser, "steering", kl_budget=kl_budget)
 
 
+def value_models_of(settings: Settings, args: Namespace, iterations: dict[str, int]) -> dict[str, tuple[str, str]]:
+    """{objective: (folder, the command that makes it)} of the value models that steer."""
+    root, found = args.value_model_dir or str(settings.config.default_path("value_models")), {}
+    for objective, iteration in iterations.items():
+        folder = f"{root}/iter_{iteration}/{objective}"
+        made_by = (
+            f"python train_value_model.py --config {settings.config.path} --dataset {settings.spec.name} "
+            f"--objective {objective} --data_dir <labelled trees> --output_dir {folder}"
+        )
+        if iteration:
+            made_by += f" --init_checkpoint {root}/iter_{iteration - 1}/{objective}"
+        found[objective] = folder, made_by
+    return found
+
+
+def candidate_heads_of(settings: Settings, args: Namespace, iterations: dict[str, int]) -> dict[str, tuple[str, str]]:
+    """{objective: (file, the command that makes it)} of the candidate heads; empty where value models read candidates.
+
+    Raises:
+        UsageError: a folder of heads that are not asked for.
+    """
+    if args.value_head != "candidates":
+        if args.candidate_head_dir is not None:
+            raise UsageError("--candidate_head_dir goes with --value_head candidates")
+        return {}
+    root = args.candidate_head_dir or str(settings.config.default_path("candidate_heads"))
+    return {
+        objective: (
+            str(candidate_head_path(root, iteration, objective)),
+            f"python fit_candidate_heads.py {objective} --value_model_iter {iteration}",
+        )
+        for objective, iteration in iterations.items()
+    }
+
+
 def steering_method(
     settings: Settings,
     args: Namespace,
@@ -54,7 +89,6 @@ def steering_method(
     kind: str,
     series: dict[str, Any] | None = None,
     generator: Callable | None = None,
-    num_samples: int = 1,
     beams_per_candidate: float = 1.0,
 ) -> Method:
     """The evaluation method of a MAVIS policy at a point; the others as in `Method`.
@@ -67,21 +101,17 @@ def steering_method(
     if args.beta is None and settings.kl_budget is None:
         raise UsageError("--beta" + (" (or --kl_budget)" if "kl_budget" in args else "") + " is needed, e.g. --beta 4")
     iterations = parse_iterations(args.value_model_iter, settings.weights, settings.spec.objectives)
-    value_model_dir = args.value_model_dir or str(settings.config.default_path("value_models"))
-
-    distilled = args.value_head == "candidates"
-    if args.candidate_head_dir is not None and not distilled:
-        raise UsageError("--candidate_head_dir goes with --value_head candidates")
-    candidate_head_dir = args.candidate_head_dir or str(settings.config.default_path("candidate_heads"))
+    value_models = value_models_of(settings, args, iterations)
+    candidate_heads = candidate_heads_of(settings, args, iterations)
 
     def build(settings: Settings, models: Models):
         from utils.candidates import load_candidate_head
         from utils.models import load_value_models
         from utils.policies import CandidatePolicy, MavisPolicy
 
-        value_models = load_value_models(
+        loaded = load_value_models(
             settings.config,
-            value_model_dir,
+            args.value_model_dir,
             iterations,
             models.tokenizer,
             models.vocab_size,
@@ -89,33 +119,16 @@ def steering_method(
             loaded=models.once("value models", dict),
             adapters=args.value_adapters,
         )
-        if not distilled:
-            return MavisPolicy(models.reference, value_models, settings.weights, **settings.tilt)
+        if not candidate_heads:
+            return MavisPolicy(models.reference, loaded, settings.weights, **settings.tilt)
 
         def load_head(name: str):
-            return load_candidate_head(candidate_head(name), value_models[name], fingerprint(checkpoint(name)[0]))
+            (file, _), (folder, _) = candidate_heads[name], value_models[name]
+            return load_candidate_head(file, loaded[name], fingerprint(folder))
 
         heads = {n: models.once(("candidate head", n), functools.partial(load_head, n)) for n in iterations}
-        return CandidatePolicy(models.reference, value_models, heads, settings.weights, **settings.tilt)
+        return CandidatePolicy(models.reference, loaded, heads, settings.weights, **settings.tilt)
 
-    def candidate_head(objective: str) -> str:
-        return str(candidate_head_path(candidate_head_dir, iterations[objective], objective))
-
-    def checkpoint(objective: str) -> tuple[str, str]:
-        iteration = iterations[objective]
-        folder = f"{value_model_dir}/iter_{iteration}/{objective}"
-        made_by = (
-            f"python train_value_model.py --config {settings.config.path} --dataset {settings.spec.name} "
-            f"--objective {objective} --data_dir <labelled trees> --output_dir {folder}"
-        )
-        if iteration:
-            made_by += f" --init_checkpoint {value_model_dir}/iter_{iteration - 1}/{objective}"
-        return folder, made_by
-
-    checkpoints = {f"value model of {objective}": checkpoint(objective) for objective in iterations}
-    for objective in iterations if distilled else ():
-        fit = f"python fit_candidate_heads.py {objective} --value_model_iter {iterations[objective]}"
-        checkpoints[f"candidate head of {objective}"] = (candidate_head(objective), fit)
     return Method(
         name=name,
         kind=kind,
@@ -124,13 +137,13 @@ def steering_method(
             "beta": settings.beta,  # first, for the reader
             "iteration": args.value_model_iter,
             "value_model_dir": args.value_model_dir or "value_models",
-            **({"value_head": args.value_head} if distilled else {}),
+            **({"value_head": args.value_head} if candidate_heads else {}),
             **({"value_adapters": "stacked"} if args.value_adapters == "stacked" else {}),  # other rounding
             **settings.tilt_series,
             **(series or {}),
         },
-        checkpoints=checkpoints,
+        checkpoints={f"value model of {n}": made for n, made in value_models.items()}
+        | {f"candidate head of {n}": made for n, made in candidate_heads.items()},
         generator=generator,
-        num_samples=num_samples,
         beams_per_candidate=beams_per_candidate,
     )

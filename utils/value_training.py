@@ -262,7 +262,12 @@ def train(
     def evaluate() -> float:
         return float(np.square(outputs() * scale - targets).mean())
 
+    def must_be_finite(what: str, loss: float, done: int) -> None:
+        if not math.isfinite(loss):
+            raise DataError(f"the {what} loss is {loss} at step {done}; try a smaller --lr or --no-bf16, and --rerun")
+
     def keep(done: int, val_loss: float, note: str = "") -> None:
+        must_be_finite("validation", val_loss, done)  # the last step's update may be what broke the weights
         best = history.keep(done, val_loss)
         say(f"step {done}/{total}: {note}validation {val_loss:.4f}" + (" (best)" if best else ""))
 
@@ -286,10 +291,7 @@ def train(
             if done not in course.logged:
                 continue
             loss = float(accelerator.reduce(running, "sum") if world > 1 else running) / since
-            if not math.isfinite(loss):
-                raise DataError(
-                    f"the training loss is {loss} at step {done}; try a smaller --lr or --no-bf16, and --rerun"
-                )
+            must_be_finite("training", loss, done)
             running, since = torch.zeros((), device=device), 0
             row = {
                 "step": done, "epoch": round(done * spec.num_epochs / total, 4),

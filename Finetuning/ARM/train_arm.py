@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import Accelerator
 
     from utils import arm, models, provenance, training_output
+    from utils.cached_models import context_length
     from utils.tracking import Tracker
 
     accelerator = Accelerator(cpu=args.device == "cpu")
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     with training_output.discarded_unless_begun(partial, main_process=accelerator.is_main_process):
         model, tokenizer = models.new_policy(config, dataset, spec.lora, device, seed=spec.seed)
         if args.pairs == "preference":
-            pairs = arm.human_pairs(config, dataset, objective, tokenizer, models.context_length(model))
+            pairs = arm.human_pairs(config, dataset, objective, tokenizer, context_length(model))
         else:
             pairs = arm.reference_pairs(
                 config, dataset, objective.name, spec, model, tokenizer, texts, partial / arm.PAIRS_FILE, accelerator
