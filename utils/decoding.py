@@ -527,10 +527,15 @@ def score_texts(
         for r, text in enumerate(texts):  # right-padded: causal attention never sees the padding
             tokens[r, : len(text)], mask[r, : len(text)] = torch.as_tensor(text), 1
         tokens = tokens.to(device)
-        logits = model(input_ids=tokens, attention_mask=mask.to(device), use_cache=False).logits
-        wide = tilting.widened(logits) / temperature
-        picked = wide[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2).double().cpu()
-        for r, i in enumerate(rows):
-            first = len(prompts[i]) - 1
-            scores[i] = float(picked[r, first : first + len(responses[i])].sum())
+        skipped = min(len(prompts[i]) for i in rows) - 1  # positions whose next tokens are prompts' alone
+        logits = model(
+            input_ids=tokens, attention_mask=mask.to(device), use_cache=False, logits_to_keep=longest - skipped
+        ).logits
+        sums = []
+        for r, i in enumerate(rows):  # a row at a time: wide logits of all of them would be most of the memory
+            first, stop = len(prompts[i]) - 1, len(texts[r]) - 1
+            wide = tilting.widened(logits[r, first - skipped : stop - skipped]) / temperature
+            sums.append(wide.log_softmax(-1).gather(1, tokens[r, first + 1 : stop + 1, None]).double().sum())
+        for i, score in zip(rows, torch.stack(sums).tolist(), strict=True):
+            scores[i] = score
     return scores
