@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             path = output / f"{name}.safetensors"
             save_token_table(path, table, report)
             tracker.summary({name: report})
+            leaves = report["leaves"]
             print(
-                f"{name}: within a prompt, tokens explain {report['r2_within']:.2f} of the reward's variance on "
-                f"{report['val_trees']} held-out trees (correlation {report['correlation_within']:.2f}; "
+                f"{name}: within a prompt, tokens explain {leaves['explained_variance_within_prompt']:.2f} of the "
+                f"reward's variance on {report['val_trees']} held-out trees (correlation "
+                f"{leaves['correlation_within_prompt']:.2f}, s.e. {leaves['correlation_within_prompt_error']:.2f}; "
                 f"{report['train_trees']} trees fitted, l2 {report['l2']:g}); saved {path}"
             )
     return 0

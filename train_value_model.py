@@ -281,7 +281,8 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
     accelerator.print(
         f"{plan.output}: validation MSE {fit['mse']:.4f}, explained variance {fit['explained_variance']:.3f}, "
         f"within a prompt {fit['explained_variance_within_prompt']:.3f} (correlation "
-        f"{fit['correlation_within_prompt']:.3f}), {metrics['seconds']:.0f} s, "
+        f"{fit['correlation_within_prompt']:.3f}, s.e. {fit['correlation_within_prompt_error']:.3f}), "
+        f"{metrics['seconds']:.0f} s, "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
 

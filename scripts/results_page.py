@@ -81,25 +81,28 @@ def value_section(config, iteration: int) -> str:
         metrics = read(config.default_path("value_models", f"iter_{iteration}", name, "metrics.json"))
         lexical = table_report(config.default_path("token_tables", f"{name}.safetensors"))
         if metrics:
-            v = metrics["validation"]
+            v, t = metrics["validation"], lexical.get("inner_nodes", {})
             rows.append(
                 [
                     name,
                     f"{metrics['num_trees']} / {metrics['num_val_trees']}",
                     v["nodes"],
                     f"{v['explained_variance']:.2f}",
-                    f"{v['explained_variance_within_prompt']:.2f}",
-                    f"{v['correlation_within_prompt']:.2f}",
-                    f"{lexical['r2_within']:.2f}" if "r2_within" in lexical else "",
-                    f"{lexical['correlation_within']:.2f}" if "correlation_within" in lexical else "",
+                    *(with_error(fit, what) for fit in (v, t) for what in ("explained_variance", "correlation")),
                     minutes_of(metrics),
                 ]
             )
     head = [
         "objective", "trees: training / validation", "validation nodes", "explained variance", "within a prompt",
-        "correlation within a prompt", "token table: explained within (leaves)", "its correlation within", "minutes",
+        "correlation within a prompt", "token table, same nodes: within a prompt", "its correlation", "minutes",
     ]  # fmt: skip
     return cli.markdown_rows(head, rows)
+
+
+def with_error(fit: dict, what: str) -> str:
+    """A measure within a prompt with its standard error over prompts; empty where there is none."""
+    value, error = (fit.get(f"{what}_within_prompt{end}") for end in ("", "_error"))
+    return "" if value is None else f"{value:.2f}" + ("" if error is None else f" +- {error:.2f}")
 
 
 def minutes_of(metrics: dict) -> str:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What each iteration's value model explains on the held-out trees of each iteration's policy.
+"""What each iteration's value model explains on the held-out trees of each iteration's policy, beside the token table.
 
     python scripts/value_quality.py --objectives help,relevance --iterations 2 --config smollm
 
 Reads <workspace>/value_models/iter_<N>/<objective> and the val/ trees of <workspace>/data_for_training/<dataset>/iter_0
-and iter_<N>/<objective>; writes a table and <workspace>/value_quality.json.
+and iter_<N>/<objective>; writes a table and <workspace>/value_quality.json. Where there is a token table of the
+objective, it is measured at the same nodes, and the two correlations are compared, paired by prompt.
 """
 
 from __future__ import annotations
@@ -49,33 +50,61 @@ def main(argv: list[str] | None = None) -> int:
 
     from utils.files import write_json
     from utils.models import load_tokenizer, load_value_models, pick_device, resolved_config
+    from utils.token_table import load_token_table
 
     device = pick_device(args.device)
     reference = config.sft_path(dataset)
     tokenizer, vocab_size = load_tokenizer(reference), resolved_config(reference).get_text_config().vocab_size
-    rows = []
+    rows, tables = [], {}
     for objective in objectives:
+        file = Path(config.default_path("token_tables", f"{objective}.safetensors"))
+        if file.is_file():
+            tables[objective] = load_token_table(file, vocab_size)
         for model in range(args.iterations + 1):
             loaded = load_value_models(config, None, {objective: model}, tokenizer, vocab_size, device)[objective]
             for policy in range(args.iterations + 1):
-                report = measure(loaded, folders[objective, policy], objective, device)
+                report = measure(loaded, folders[objective, policy], objective, device, tables.get(objective))
                 rows.append({"objective": objective, "value_model": model, "policy": policy, **report})
-                explained, correlation = (report[f"{k}_within_prompt"] for k in ("explained_variance", "correlation"))
-                what = f"{objective}: value model {model} on trees of policy {policy}"
-                print(f"{what}: explained within a prompt {explained:.3f}, correlation {correlation:.3f}")
+                print(f"{objective}: value model {model} on trees of policy {policy}: {describe(report)}")
+                if "token_table" in report:
+                    gain = report["correlation_gain"]
+                    print(
+                        f"  token table: {describe(report['token_table'])}; the value model's correlation is higher by "
+                        f"{gain['difference']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+                    )
     write_json(args.output or Path(config.default_path("value_quality.json")), {"label": config.label, "rows": rows})
     return 0
 
 
-def measure(model, data_dir: Path, objective: str, device) -> dict[str, float]:
-    """A value model's fit to the held-out inner nodes of a folder of trees."""
-    from utils.fit_measures import validation_report
+def describe(fit: dict) -> str:
+    """What is explained within a prompt, with standard errors over prompts."""
+    parts = (("explained within a prompt", "explained_variance"), ("correlation", "correlation"))
+    return ", ".join(
+        f"{said} {fit[f'{what}_within_prompt']:.3f} (s.e. {fit[f'{what}_within_prompt_error']:.3f})"
+        for said, what in parts
+    )
+
+
+def measure(model, data_dir: Path, objective: str, device, table=None) -> dict:
+    """A value model's fit to the held-out inner nodes of a folder of trees, and a token table's (V,) beside it."""
+    import numpy as np
+
+    from utils.fit_measures import correlation_gain, fit_report, validation_report
     from utils.hdf5_utils import read_trees
     from utils.node_values import predict
+    from utils.token_table import collect_leaves
     from utils.tree_examples import make_examples, validation_nodes
 
     examples = make_examples(read_trees(data_dir, "val"), objective, validation_nodes, data_dir=data_dir)
-    return validation_report(examples, predict(model, examples, device=device).cpu().numpy())
+    said = predict(model, examples, device=device).cpu().numpy()
+    report = validation_report(examples, said)
+    if table is not None:
+        order = {id(x.tree): x.nodes for x in examples}  # of the predictions
+        nodes = collect_leaves((x.tree for x in examples), objective, len(table), lambda tree: order[id(tree)])
+        lexical = nodes.counts @ table.astype(np.float64)
+        report["token_table"] = fit_report(nodes.rewards, lexical, nodes.tree)
+        report["correlation_gain"] = correlation_gain(nodes.rewards, said, lexical, nodes.tree)
+    return report
 
 
 if __name__ == "__main__":

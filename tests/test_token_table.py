@@ -60,7 +60,10 @@ def test_the_report_tells_a_lexical_reward_from_one_that_is_not():
         sets = [[make_tree(i, noise=1.0, lexical=lexical) for i in part] for part in (train, val)]
         _, report = fit_and_report(*sets, "help", VOCAB)
         # 180 held-out leaves: noise alone gives an R^2 of at most a few hundredths at the penalty chosen.
-        assert low < report["r2_within"] <= high and report["val_trees"] == 30
+        assert low < report["leaves"]["explained_variance_within_prompt"] <= high and report["val_trees"] == 30
+        assert report["inner_nodes"]["nodes"] == 30 * 2 and report["leaves"]["nodes"] == 30 * 6
+        related = report["inner_nodes"]["correlation_within_prompt"]
+        assert related > 0.8 if lexical else abs(related) < 5 * report["inner_nodes"]["correlation_within_prompt_error"]
 
 
 def test_a_table_of_another_vocabulary_is_refused(tmp_path):

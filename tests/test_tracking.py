@@ -102,7 +102,7 @@ def test_every_stage_of_the_chain_logs_what_it_made(tiny_world, tmp_path, fake, 
     assert labelled.summary["labelled"] == 6 and 0 <= labelled.summary["help/share_within_prompt"] <= 1
     assert stage(split_data, trees).summary == {"train": 4, "val": 2}
     table = stage(fit_token_table, training, "help")
-    assert table.summary["help/train_trees"] == 4 and "help/r2_within" in table.summary
+    assert table.summary["help/train_trees"] == 4 and "help/leaves/correlation_within_prompt" in table.summary
     stage(fit_judges)
     curve = stage(train_value_model, "--objective", "help")
     assert {"train_loss", "lr", "step"} <= set(curve.rows[0]) and "validation/explained_variance" in curve.summary

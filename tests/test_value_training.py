@@ -26,7 +26,14 @@ from utils.cached_models import without_adapter
 from utils.checkpoint import Checkpoint
 from utils.cli import DataError, UsageError
 from utils.config import LoraSpec, TrainingSpec
-from utils.fit_measures import correlation, explainable_variance, explained_variance, target_noise
+from utils.fit_measures import (
+    correlation,
+    correlation_gain,
+    errors_within,
+    explainable_variance,
+    explained_variance,
+    target_noise,
+)
 from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tree
 from utils.head_starts import BETWEEN, RIDGES, fit_ridges, start_at_mean, start_at_ridge
 from utils.node_values import head_weight, predict, read_states
@@ -103,6 +110,39 @@ def test_explained_variance_of_perfect_constant_and_shifted_predictions():
     assert explained_variance(targets, 2 * targets) == pytest.approx(0.0)
     assert math.isnan(explained_variance(np.ones(3), np.arange(3.0)))
     assert math.isnan(explained_variance([], []))
+
+
+def some_prompts(rng, prompts=60):
+    """Targets, predictions and worse predictions at 8 nodes of each prompt; prompts differ in how far they agree."""
+    groups = np.repeat(np.arange(prompts), 8)
+    level, scale = rng.normal(size=prompts)[groups], rng.uniform(0.2, 2.0, prompts)[groups]
+    signal = rng.normal(size=len(groups))
+    targets = level + signal + scale * rng.normal(size=len(groups))
+    return targets, level + signal, -level + signal + rng.normal(size=len(groups)), groups
+
+
+def test_errors_within_prompts_are_the_spread_of_new_prompts():
+    """A bootstrap's error against that of 400 fresh samples; each is off by a few percent, 25 % is four of that."""
+    rng = np.random.default_rng(0)
+    samples = [some_prompts(rng) for _ in range(400)]
+    measured = [(explained_variance(t, p, g), correlation(t, p, g)) for t, p, _, g in samples]
+    claimed = np.mean([errors_within(t, p, g) for t, p, _, g in samples[:40]], axis=0)
+    np.testing.assert_allclose(claimed, np.std(measured, axis=0), rtol=0.25)
+    assert all(math.isnan(e) for e in errors_within([1.0, 2.0], [1.0, 2.0], [0, 0]))
+
+
+def test_the_gain_of_correlation_is_paired_and_its_interval_covers():
+    """95 % of the intervals have the gain of a large sample; of 200, four standard errors of that are 6 %."""
+    rng = np.random.default_rng(1)
+    t, better, worse, g = some_prompts(rng, prompts=20_000)
+    truth = correlation(t, better, g) - correlation(t, worse, g)
+    found = [correlation_gain(*some_prompts(rng)) for _ in range(200)]
+    assert 0.89 < np.mean([gain["low"] <= truth <= gain["high"] for gain in found]) <= 1
+    t, better, worse, g = some_prompts(rng)
+    gain = correlation_gain(t, better, worse, g)
+    assert gain["difference"] == pytest.approx(correlation(t, better, g) - correlation(t, worse, g))
+    same = correlation_gain(t, better, 3 * better + 1, g)
+    assert same["difference"] == pytest.approx(0) == pytest.approx(same["low"]) == pytest.approx(same["high"])
 
 
 def test_explained_variance_within_groups_ignores_what_lies_between_them():

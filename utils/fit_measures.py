@@ -10,6 +10,8 @@ import numpy as np
 from utils.tree_examples import Example
 from utils.trees import Tree
 
+DRAWS = 1000  # of groups with replacement
+
 
 def _centred(x, groups) -> np.ndarray:
     """(N,) minus the mean of its group; without groups, minus the mean."""
@@ -48,6 +50,52 @@ def correlation(targets, predictions, groups=None) -> float:
     return float((t * p).sum() / scale) if scale > 1e-12 else math.nan
 
 
+def _sums_of_groups(targets, predictions, groups) -> np.ndarray:
+    """(G, 4) of each group's centred t and p: the sums of t^2, p^2, t p and (t - p)^2."""
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    t, p = _centred(targets, groups), _centred(predictions, groups)
+    return np.stack([np.bincount(group, weights=x) for x in (t * t, p * p, t * p, np.square(t - p))], axis=1)
+
+
+def _resampled(sums: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """(draws, ...) totals of the sums (G, ...) of groups that are drawn with replacement."""
+    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    return np.tensordot(counts, sums, axes=1)
+
+
+def _within(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Explained variance and correlation within groups, (...,) each, of totals (..., 4); nan where one is constant."""
+    tt, pp, tp, rest = np.moveaxis(totals, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 - rest / tt, tp / np.sqrt(tt * pp)
+
+
+def errors_within(targets, predictions, groups) -> tuple[float, float]:
+    """Standard errors of explained variance and correlation within groups, by drawing groups with replacement.
+
+    nan for fewer than two groups.
+    """
+    sums = _sums_of_groups(targets, predictions, groups)
+    if len(sums) < 2:
+        return math.nan, math.nan
+    explained, related = _within(_resampled(sums))
+    return float(np.nanstd(explained)), float(np.nanstd(related))
+
+
+def correlation_gain(targets, predictions, others, groups) -> dict[str, float]:
+    """How much higher the correlation within groups is than that of other predictions of the same targets, (N,) each.
+
+    Returns:
+        difference, and its 95 % interval low to high by drawing groups with replacement: the two are paired, so that
+        what makes a group hard for both does not count.
+    """
+    sums = np.stack([_sums_of_groups(targets, p, groups) for p in (predictions, others)], axis=1)  # (G, 2, 4)
+    _, (one, other) = _within(sums.sum(0))
+    drawn = _within(_resampled(sums))[1]  # (draws, 2)
+    low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
+    return {"difference": float(one - other), "low": float(low), "high": float(high)}
+
+
 def target_noise(tree: Tree, targets, nodes) -> np.ndarray:
     """(n,) sampling variance of inner nodes' targets, each the mean of c children's: var(children) / c.
 
@@ -75,7 +123,7 @@ def explainable_variance(targets, noise, groups) -> float:
 
 
 def fit_report(targets, predictions, groups, noise=None) -> dict[str, float]:
-    """The measures of metrics.json on some nodes: (N,) each."""
+    """The measures of metrics.json on some nodes, (N,) each; those within a prompt with their errors over prompts."""
     targets, predictions = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
     report = {
         "nodes": int(targets.size),
@@ -85,6 +133,10 @@ def fit_report(targets, predictions, groups, noise=None) -> dict[str, float]:
         "correlation": correlation(targets, predictions),
         "correlation_within_prompt": correlation(targets, predictions, groups),
     }
+    for name, error in zip(
+        ("explained_variance", "correlation"), errors_within(targets, predictions, groups), strict=True
+    ):
+        report[f"{name}_within_prompt_error"] = error
     if noise is not None:
         report["explainable_variance_within_prompt"] = explainable_variance(targets, noise, groups)
     return report

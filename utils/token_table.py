@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from utils.cli import DataError
 from utils.files import write_atomically
+from utils.fit_measures import explained_variance, fit_report
+from utils.tree_examples import validation_nodes
 from utils.trees import Tree
 
 L2_GRID = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -25,7 +27,8 @@ HOLDOUT = 5  # every fifth prompt chooses the penalty
 
 @dataclass(frozen=True)
 class Leaves:
-    """The leaves of some trees: token counts (N, V) sparse, rewards (N,) and the tree (N,) that each belongs to."""
+    """Nodes of some trees, the leaves if nothing else is said: token counts (N, V) sparse of the response up to each,
+    rewards (N,) and the tree (N,) that each belongs to."""
 
     counts: object
     rewards: np.ndarray
@@ -41,8 +44,13 @@ class Leaves:
         return values - (np.bincount(self.tree, values) / size)[self.tree]
 
 
-def collect_leaves(trees: Iterable[Tree], objective: str, vocab_size: int) -> Leaves:
-    """The leaves of labelled trees.
+def collect_leaves(
+    trees: Iterable[Tree],
+    objective: str,
+    vocab_size: int,
+    nodes: Callable[[Tree], Sequence[int]] = lambda tree: tree.leaves,
+) -> Leaves:
+    """The leaves of labelled trees, or other nodes with their values.
 
     Raises:
         DataError: a tree without the objective's values, or a token outside the vocabulary.
@@ -55,7 +63,7 @@ def collect_leaves(trees: Iterable[Tree], objective: str, vocab_size: int) -> Le
             raise DataError(
                 f"the tree of prompt {tree.prompt_index} has no values of {objective}; label it with label_tree.py"
             )
-        for leaf in tree.leaves:
+        for leaf in nodes(tree):
             tokens = np.asarray(tree.response_tokens(leaf), np.int64)
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
                 raise DataError(
@@ -96,16 +104,7 @@ def solve_ridge(leaves: Leaves, l2: float) -> np.ndarray:
 
 def explained_within(leaves: Leaves, table: np.ndarray) -> float:
     """R^2 within the prompt: the share of the leaves' variance there that the table predicts (nan: none to predict)."""
-    y, predicted = leaves.centre(leaves.rewards), leaves.centre(leaves.counts @ table)
-    total = float(y @ y)
-    return 1 - float(((y - predicted) ** 2).sum()) / total if total > 0 else float("nan")
-
-
-def correlation_within(leaves: Leaves, table: np.ndarray) -> float:
-    """Correlation within the prompt of rewards and predictions; nan where one of them does not vary."""
-    y, predicted = leaves.centre(leaves.rewards), leaves.centre(leaves.counts @ table)
-    scale = float(np.sqrt((y @ y) * (predicted @ predicted)))
-    return float(y @ predicted) / scale if scale > 0 else float("nan")
+    return explained_variance(leaves.rewards, leaves.counts @ table, leaves.tree)
 
 
 def choose_l2(leaves: Leaves, grid: Sequence[float] = L2_GRID) -> float:
@@ -145,17 +144,16 @@ def split_trees(data_dir: str | Path) -> tuple[list[Tree], list[Tree]]:
 def fit_and_report(
     train: Sequence[Tree], val: Sequence[Tree], objective: str, vocab_size: int, l2: float | None = None
 ) -> tuple[np.ndarray, dict]:
-    """A table (V,) and what it explains within the prompts of `val`."""
+    """A table (V,) and what it explains within the prompts of `val`: of the leaves' rewards, which it was fitted to,
+    and of the values of inner nodes, at which value models are measured too."""
     table, l2 = fit_token_table(train, objective, vocab_size, l2)
-    held = collect_leaves(val, objective, vocab_size)
-    return table, {
-        "objective": objective,
-        "r2_within": explained_within(held, table),
-        "correlation_within": correlation_within(held, table),
-        "train_trees": len(train),
-        "val_trees": len(val),
-        "l2": l2,
-    }
+    leaves = collect_leaves(val, objective, vocab_size)
+    report = {"objective": objective, "train_trees": len(train), "val_trees": len(val), "l2": l2}
+    report["leaves"] = fit_report(leaves.rewards, leaves.counts @ table, leaves.tree)
+    if any(len(validation_nodes(tree)) for tree in val):
+        inner = collect_leaves(val, objective, vocab_size, validation_nodes)
+        report["inner_nodes"] = fit_report(inner.rewards, inner.counts @ table, inner.tree)
+    return table, report
 
 
 # --------------------------------------------------------------------------------------------------------------- files
