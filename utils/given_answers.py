@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
     """
     numbers = {text: index for index, text in prompts.items()}
     found: dict[Key, Answer] = {}
+    counts: Counter[int] = Counter()  # of each prompt's answers
     strangers = 0
     for place, row in enumerate(read_rows(Path(file)), start=1):
         where = f"{file}, answer {place}"
@@ -55,17 +57,18 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
             continue
         trial = _number(row, "trial", where, whole=True)
         if trial is None:
-            trial = sum(known == index for known, _ in found)
+            trial = counts[index]
         if (index, trial) in found:
             raise DataError(f"{where}: a second answer of trial {trial} to prompt {index}")
         found[index, trial] = _answer_of(row, where)
+        counts[index] += 1
     if not found:
         raise DataError(f"{file} has no answer to any of the {len(prompts)} prompts that are evaluated")
     trials = num_trials or 1 + max(trial for _, trial in found)
-    missing = [(i, t) for i in prompts for t in range(trials) if (i, t) not in found]
-    if missing:
-        index, trial = missing[0]
-        others = f", and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
+    missing = len(prompts) * trials - sum(trial < trials for _, trial in found)
+    if missing:  # they may be too many to write them down
+        index, trial = next((i, t) for i in prompts for t in range(trials) if (i, t) not in found)
+        others = f", and {missing - 1} more are missing" if missing > 1 else ""
         raise DataError(
             f"{file} has no answer of trial {trial} to prompt {index}{others}: {trials} to each of {len(prompts)} "
             f"prompts are wanted; --num_prompts, --start_index and --num_trials say how many"
