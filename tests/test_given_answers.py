@@ -76,6 +76,12 @@ def test_a_text_is_scored_as_it_stands_whatever_the_tokenizer_makes_of_it(script
     assert samples[2]["rewards"] == {"low": 0.5, "even": 0.5, "length": 4} and samples[0]["tokens"] == 1
 
 
+def test_a_certain_answers_log_probability_may_round_to_a_little_more_than_0(script, tmp_path):
+    rows = [row | {"log_prob": 3e-7} for row in ROWS]
+    assert script("answers_eval", written(tmp_path / "answers.jsonl", rows), "--method_name", "mine") == 0
+    assert all(s["log_ratio"] == -s["reference_log_prob"] for s in read_samples(folder_of(script, "mine")))
+
+
 def test_the_same_answers_are_scored_once_and_others_anew(script, tmp_path, capsys):
     file = written(tmp_path / "answers.jsonl", ROWS)
     assert script("answers_eval", file, "--method_name", "mine") == 0
@@ -165,6 +171,8 @@ BAD = {
     "a time as the trial": ([*ROWS, ROWS[0] | {"trial": 1.7e9}], "prompt 0, and 6799999998 more are missing"),
     "none": ([{"prompt": "x", "response": "w1"}], "no answer to any of the 4 prompts"),
     "log of 2": ([ROWS[0] | {"log_prob": 0.7}], "log_prob is 0.7; the logarithm of a probability is at most 0"),
+    "its end": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos>"}], "ends with a special token, 'w1 <eos>'"),
+    "padding": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos> <pad>"}], "ends with a special token"),
     "nan": ([ROWS[0] | {"log_prob": float("nan")}], "log_prob is nan, not a finite number"),
     "some": ([ROWS[0] | {"log_prob": -1}, *ROWS[1:]], "a log_prob for some answers only"),
     "time": ([ROWS[0] | {"seconds": -1}], "seconds is -1, below 0"),
@@ -190,6 +198,9 @@ def test_a_bad_row_is_one_line_and_leaves_nothing(script, tmp_path, capsys, what
         (["--method_name", "mavis"], "one of the project's own methods"),
         (["--method_name", "Reference"], "one of the project's own methods"),
         (["--method_name", "a_best_of_n"], "one of the project's own methods"),
+        (["--method_name", "Best_of_N"], "one of the project's own methods"),
+        (["--method_name", "mavis_"], "one of the project's own methods"),  # a report's "mavis" too
+        (["--method_name", "token__table"], "one of the project's own methods"),
         (["--method_name", "../up"], "make a name"),
         (["--method_name", ""], "make a name"),
         (["--method_name", "mine", "--obj_weights", "1", "--obj_weights", "0,1"], "give one --obj_weights"),

@@ -20,6 +20,8 @@ from utils.cli import DataError
 from utils.data import read_rows
 from utils.decoding import Completion, score_texts
 
+ROUNDING = 1e-3  # what a sum of log-probabilities of certain tokens may be above 0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -110,13 +112,13 @@ def _answer_of(row: Mapping, where: str) -> Answer:
     if str(finished).lower() not in ("true", "false"):
         raise DataError(f"{where}: finished is {finished!r}, neither true nor false")
     log_prob, seconds = _number(row, "log_prob", where), _number(row, "seconds", where)
-    if log_prob is not None and log_prob > 0:
+    if log_prob is not None and log_prob > ROUNDING:
         raise DataError(f"{where}: log_prob is {log_prob:g}; the logarithm of a probability is at most 0")
     if seconds is not None and seconds < 0:
         raise DataError(f"{where}: seconds is {seconds:g}, below 0")
     return Answer(
         response.strip(),
-        math.nan if log_prob is None else log_prob,
+        math.nan if log_prob is None else min(log_prob, 0.0),
         str(finished).lower() == "true",
         seconds or 0.0,
     )
@@ -149,12 +151,22 @@ class GivenAnswers:
     Args:
         reference: reads each answer once, for its log-probability; None: that is left out.
         temperature: of the reference, as of every other method's.
+
+    Raises:
+        DataError: an answer ends with a special token, which would be read as another token of it.
     """
 
     def __init__(self, answers: Mapping[Key, Answer], tokenizer, reference=None, *, temperature: float = 1.0):
         self.answers, self.tokenizer, self.reference = answers, tokenizer, reference
         self.temperature = temperature
         self.context = getattr(getattr(reference, "config", None), "max_position_embeddings", None)
+        special = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
+        for (index, trial), answer in answers.items():
+            if special and answer.response.endswith(special):
+                raise DataError(
+                    f"answer {trial} to prompt {index} ends with a special token, {answer.response[-20:]!r}; leave it "
+                    "out (skip_special_tokens=True), and say by `finished` whether the answer ended by itself"
+                )
 
     def work(self) -> dict[str, float]:
         """What a token took is not known."""
