@@ -151,6 +151,16 @@ def test_of_answers_that_were_given_twice_the_later_ones_count(script, tmp_path)
     assert [text.split(": ")[1] for text in report["left_out"]] == ["the same run was made again later"]
 
 
+def test_a_name_may_have_answers_with_and_without_weights(script, tmp_path):
+    for place, weights in enumerate([[], ["--obj_weights", "0.5,0.5"], ["--obj_weights", "1"]]):
+        file = written(tmp_path / f"{place}.jsonl", [row | {"response": f"w{place}"} for row in ROWS])
+        assert script("answers_eval", file, "--method_name", "mine", *weights) == 0
+    [section] = reported(script, tmp_path / "report")["sections"]
+    assert sorted(len(run["weights"]) for run in section["runs"]) == [0, 1, 2]
+    samples = (tmp_path / "report" / "report.md").read_text().split("### Samples")[1]
+    assert "mine: low" in samples and "mine (low 0.5, even 0.5): low" in samples and "mine (low 1)" not in samples
+
+
 def test_how_given_answers_were_decoded_is_not_on_record_and_no_difference(script, tmp_path):
     assert script("baseline_eval", "--num_trials", 1) == 0
     assert script("answers_eval", written(tmp_path / "answers.jsonl", ROWS), "--method_name", "mine") == 0
