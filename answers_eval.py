@@ -23,7 +23,8 @@ from utils.evaluation import evaluate_method
 from utils.methods import Method, Models, load_prompts
 from utils.settings import Settings, add_evaluation_arguments, resolve
 
-TAKEN = {"mavis", "mavis_bs", *(baseline.method or name for name, baseline in BASELINES.items())}
+OWN = ("mavis", "mavis_bs", *(baseline.method or name for name, baseline in BASELINES.items()))
+TAKEN = {name.replace("_", " ") for name in OWN}
 
 
 def build_parser() -> ArgumentParser:
@@ -42,7 +43,8 @@ def checked_name(name: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name):
         raise UsageError(f"--method_name {name!r}: letters, digits, '.', '_' and '-' make a name")
-    if name.lower() in TAKEN or name.endswith("best_of_n"):
+    shown = " ".join(name.lower().replace("_", " ").split())  # as reports have it, where '_' is a space
+    if shown in TAKEN or shown.endswith("best of n"):
         raise UsageError(f"--method_name {name!r} is one of the project's own methods; give another name")
     return name
 

@@ -163,6 +163,15 @@ def test_watching_waits_for_the_device_once_a_batch(monkeypatch):
         assert len(copies) == 4, "states, candidates, scores, prompts"
 
 
+def test_a_head_has_the_same_bytes_each_time_it_is_saved(tmp_path):
+    model, saved = value_model("llama_full", 1), set()
+    tensors = {n: getattr(random_head(model, 0), n).float() for n in ("table", "state", "token")}
+    for n in range(20):
+        candidates.save_candidate_head(tmp_path / f"{n}.safetensors", tensors, {"correlation": 1.0}, "abc")
+        saved.add((tmp_path / f"{n}.safetensors").read_bytes())
+    assert len(saved) == 1
+
+
 def test_a_head_that_does_not_fit_is_refused_in_one_line(tmp_path):
     model, path = value_model("llama_full", 1), tmp_path / "iter_0" / "help.safetensors"
     head = random_head(model, 0)

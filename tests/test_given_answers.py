@@ -76,6 +76,12 @@ def test_a_text_is_scored_as_it_stands_whatever_the_tokenizer_makes_of_it(script
     assert samples[2]["rewards"] == {"low": 0.5, "even": 0.5, "length": 4} and samples[0]["tokens"] == 1
 
 
+def test_a_certain_answers_log_probability_may_round_to_a_little_more_than_0(script, tmp_path):
+    rows = [row | {"log_prob": 3e-7} for row in ROWS]
+    assert script("answers_eval", written(tmp_path / "answers.jsonl", rows), "--method_name", "mine") == 0
+    assert all(s["log_ratio"] == -s["reference_log_prob"] for s in read_samples(folder_of(script, "mine")))
+
+
 def test_the_same_answers_are_scored_once_and_others_anew(script, tmp_path, capsys):
     file = written(tmp_path / "answers.jsonl", ROWS)
     assert script("answers_eval", file, "--method_name", "mine") == 0
@@ -115,6 +121,52 @@ def test_the_report_has_the_method_beside_the_others(script, tmp_path, capsys):
     assert "my method" in (tmp_path / "report" / "report.html").read_text()
 
 
+def reported(script, folder):
+    """report.json of all runs of a workspace."""
+    assert pareto_report.main([str(script.workspace / "baseline_logs"), "--output_dir", str(folder)]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_seeds_and_ranges_of_prompts_are_pooled_though_each_has_answers_of_its_own(script, tmp_path):
+    for seed in (0, 1):
+        rows = [row | {"response": f"w{seed} w{row['index']}"} for row in ROWS]
+        file = written(tmp_path / f"seed_{seed}.jsonl", rows)
+        assert script("answers_eval", file, "--method_name", "seeds", "--seed", seed) == 0
+    for part in (0, 2):
+        file = written(tmp_path / f"part_{part}.jsonl", ROWS[part : part + 2])
+        assert script("answers_eval", file, "--method_name", "parts", "--start_index", part, "--num_prompts", 2) == 0
+    report = reported(script, tmp_path / "report")
+    runs = {run["method"]: run for run in report["sections"][0]["runs"]}
+    assert report["left_out"] == []
+    assert runs["seeds"]["seeds"] == [0, 1] and runs["parts"]["prompts"] == runs["seeds"]["prompts"] == 4
+
+
+def test_of_answers_that_were_given_twice_the_later_ones_count(script, tmp_path):
+    for word in ("w1", "w39"):
+        file = written(tmp_path / f"{word}.jsonl", [row | {"response": word} for row in ROWS])
+        assert script("answers_eval", file, "--method_name", "mine") == 0
+    report = reported(script, tmp_path / "report")
+    [run] = report["sections"][0]["runs"]
+    assert run["rewards"]["low"]["mean"] == 0 and len(run["folders"]) == 1
+    assert [text.split(": ")[1] for text in report["left_out"]] == ["the same run was made again later"]
+
+
+def test_a_name_may_have_answers_with_and_without_weights(script, tmp_path):
+    for place, weights in enumerate([[], ["--obj_weights", "0.5,0.5"], ["--obj_weights", "1"]]):
+        file = written(tmp_path / f"{place}.jsonl", [row | {"response": f"w{place}"} for row in ROWS])
+        assert script("answers_eval", file, "--method_name", "mine", *weights) == 0
+    [section] = reported(script, tmp_path / "report")["sections"]
+    assert sorted(len(run["weights"]) for run in section["runs"]) == [0, 1, 2]
+    samples = (tmp_path / "report" / "report.md").read_text().split("### Samples")[1]
+    assert "mine: low" in samples and "mine (low 0.5, even 0.5): low" in samples and "mine (low 1)" not in samples
+
+
+def test_how_given_answers_were_decoded_is_not_on_record_and_no_difference(script, tmp_path):
+    assert script("baseline_eval", "--num_trials", 1) == 0
+    assert script("answers_eval", written(tmp_path / "answers.jsonl", ROWS), "--method_name", "mine") == 0
+    assert reported(script, tmp_path / "report")["sections"][0]["notes"] == []
+
+
 BAD = {
     "no prompt": ([{"response": "w1"}], "answer 1: it names no prompt"),
     "no response": ([{"index": 0}], "answer 1: no response that is a text"),
@@ -126,8 +178,11 @@ BAD = {
     "twice": ([*ROWS, ROWS[0] | {"trial": 0}], "a second answer of trial 0 to prompt 0"),
     "too few": (ROWS[:2], "no answer of trial 0 to prompt 2, and 1 more are missing"),
     "uneven": ([*ROWS, ROWS[0]], "no answer of trial 1 to prompt 1, and 2 more are missing"),
+    "a time as the trial": ([*ROWS, ROWS[0] | {"trial": 1.7e9}], "prompt 0, and 6799999998 more are missing"),
     "none": ([{"prompt": "x", "response": "w1"}], "no answer to any of the 4 prompts"),
     "log of 2": ([ROWS[0] | {"log_prob": 0.7}], "log_prob is 0.7; the logarithm of a probability is at most 0"),
+    "its end": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos>"}], "ends with a special token, 'w1 <eos>'"),
+    "padding": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos> <pad>"}], "ends with a special token"),
     "nan": ([ROWS[0] | {"log_prob": float("nan")}], "log_prob is nan, not a finite number"),
     "some": ([ROWS[0] | {"log_prob": -1}, *ROWS[1:]], "a log_prob for some answers only"),
     "time": ([ROWS[0] | {"seconds": -1}], "seconds is -1, below 0"),
@@ -153,6 +208,9 @@ def test_a_bad_row_is_one_line_and_leaves_nothing(script, tmp_path, capsys, what
         (["--method_name", "mavis"], "one of the project's own methods"),
         (["--method_name", "Reference"], "one of the project's own methods"),
         (["--method_name", "a_best_of_n"], "one of the project's own methods"),
+        (["--method_name", "Best_of_N"], "one of the project's own methods"),
+        (["--method_name", "mavis_"], "one of the project's own methods"),  # a report's "mavis" too
+        (["--method_name", "token__table"], "one of the project's own methods"),
         (["--method_name", "../up"], "make a name"),
         (["--method_name", ""], "make a name"),
         (["--method_name", "mine", "--obj_weights", "1", "--obj_weights", "0,1"], "give one --obj_weights"),

@@ -22,7 +22,7 @@ from utils import tilting
 from utils.cached_models import without_adapter
 from utils.cli import DataError, progress
 from utils.decoding import steps_between_looks
-from utils.files import write_atomically
+from utils.files import same_header, write_atomically
 from utils.policies import MavisPolicy, last_states
 
 TABLE_SHRINKAGE = 5.0  # a token's mean is drawn to 0 as by so many candidates more
@@ -281,7 +281,7 @@ def save_candidate_head(path: str | Path, tensors: Mapping[str, Tensor], report:
 
     kept = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     metadata = {"report": json.dumps(report), "value_model": value_model, CHECKSUM: _checksum(kept)}
-    write_atomically(Path(path), save(kept, metadata=metadata))
+    write_atomically(Path(path), same_header(save(kept, metadata=metadata)))
 
 
 def load_candidate_head(path: str | Path, model: nn.Module, value_model: str) -> CandidateHead:

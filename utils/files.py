@@ -99,6 +99,17 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def same_header(data: bytes) -> bytes:
+    """A safetensors file's bytes with its metadata in one order; safetensors writes them in another each time, and a
+    table that was fitted again would be taken for another one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def read_npy(path: Path) -> np.ndarray:
     """An array of a .npy file.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.data import read_rows
 from utils.decoding import Completion, score_texts
+
+ROUNDING = 1e-3  # what a sum of log-probabilities of certain tokens may be above 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
     """
     numbers = {text: index for index, text in prompts.items()}
     found: dict[Key, Answer] = {}
+    counts: Counter[int] = Counter()  # of each prompt's answers
     strangers = 0
     for place, row in enumerate(read_rows(Path(file)), start=1):
         where = f"{file}, answer {place}"
@@ -55,17 +59,18 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
             continue
         trial = _number(row, "trial", where, whole=True)
         if trial is None:
-            trial = sum(known == index for known, _ in found)
+            trial = counts[index]
         if (index, trial) in found:
             raise DataError(f"{where}: a second answer of trial {trial} to prompt {index}")
         found[index, trial] = _answer_of(row, where)
+        counts[index] += 1
     if not found:
         raise DataError(f"{file} has no answer to any of the {len(prompts)} prompts that are evaluated")
     trials = num_trials or 1 + max(trial for _, trial in found)
-    missing = [(i, t) for i in prompts for t in range(trials) if (i, t) not in found]
-    if missing:
-        index, trial = missing[0]
-        others = f", and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
+    missing = len(prompts) * trials - sum(trial < trials for _, trial in found)
+    if missing:  # they may be too many to write them down
+        index, trial = next((i, t) for i in prompts for t in range(trials) if (i, t) not in found)
+        others = f", and {missing - 1} more are missing" if missing > 1 else ""
         raise DataError(
             f"{file} has no answer of trial {trial} to prompt {index}{others}: {trials} to each of {len(prompts)} "
             f"prompts are wanted; --num_prompts, --start_index and --num_trials say how many"
@@ -107,13 +112,13 @@ def _answer_of(row: Mapping, where: str) -> Answer:
     if str(finished).lower() not in ("true", "false"):
         raise DataError(f"{where}: finished is {finished!r}, neither true nor false")
     log_prob, seconds = _number(row, "log_prob", where), _number(row, "seconds", where)
-    if log_prob is not None and log_prob > 0:
+    if log_prob is not None and log_prob > ROUNDING:
         raise DataError(f"{where}: log_prob is {log_prob:g}; the logarithm of a probability is at most 0")
     if seconds is not None and seconds < 0:
         raise DataError(f"{where}: seconds is {seconds:g}, below 0")
     return Answer(
         response.strip(),
-        math.nan if log_prob is None else log_prob,
+        math.nan if log_prob is None else min(log_prob, 0.0),
         str(finished).lower() == "true",
         seconds or 0.0,
     )
@@ -146,12 +151,22 @@ class GivenAnswers:
     Args:
         reference: reads each answer once, for its log-probability; None: that is left out.
         temperature: of the reference, as of every other method's.
+
+    Raises:
+        DataError: an answer ends with a special token, which would be read as another token of it.
     """
 
     def __init__(self, answers: Mapping[Key, Answer], tokenizer, reference=None, *, temperature: float = 1.0):
         self.answers, self.tokenizer, self.reference = answers, tokenizer, reference
         self.temperature = temperature
         self.context = getattr(getattr(reference, "config", None), "max_position_embeddings", None)
+        special = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
+        for (index, trial), answer in answers.items():
+            if special and answer.response.endswith(special):
+                raise DataError(
+                    f"answer {trial} to prompt {index} ends with a special token, {answer.response[-20:]!r}; leave it "
+                    "out (skip_special_tokens=True), and say by `finished` whether the answer ended by itself"
+                )
 
     def work(self) -> dict[str, float]:
         """What a token took is not known."""

@@ -294,8 +294,8 @@ def samples_markdown(section: Section) -> str:
     """
     chosen = [p for p in section.points if not p.weights]
     for points in section.series.values():
-        if points[0].weights:
-            chosen.append(min(points, key=lambda p: max(p.weights.values())))
+        if weighted := [p for p in points if p.weights]:
+            chosen.append(min(weighted, key=lambda p: max(p.weights.values())))
     parts = []
     for index in section.shared[:MARKDOWN_PROMPTS]:
         for n, point in enumerate(chosen):

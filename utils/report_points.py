@@ -58,9 +58,12 @@ class RunRecord:
 
     @property
     def made_from(self) -> str:
-        """Fingerprints of the models and rewards behind the run; "null" where the folder does not record them."""
+        """Fingerprints of the models and rewards behind the run; "null" where the folder does not record them.
+
+        Prompts and given answers are not among them: seeds and ranges of prompts have answers of their own.
+        """
         found = self.arguments.get("determining")
-        return json.dumps(found and {k: v for k, v in found.items() if k != "prompts"}, sort_keys=True)
+        return json.dumps(found and {k: v for k, v in found.items() if k not in ("prompts", "answers")}, sort_keys=True)
 
 
 @dataclass(frozen=True)

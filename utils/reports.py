@@ -128,8 +128,10 @@ def unequal_settings(section: Section) -> list[str]:
     """What makes the points of a section hard to compare: settings of decoding, prompts, seeds or rewards."""
     notes = []
     settings = [p.settings | {"prompts": spans(p.table.index), "seeds": spans(p.by_seed)} for p in section.points]
+    decoded = [s for s in settings if "topk" in s]  # how given answers were is not on record
     for key in ("seeds", "topk", "temperature", "suppress_first_eos", "max_new_tokens", "num_trials", "prompts"):
-        values = {str(s.get(key)) for s in settings}
+        of_decoding = key in ("topk", "suppress_first_eos", "max_new_tokens")
+        values = {str(s.get(key)) for s in (decoded if of_decoding else settings)}
         if len(values) > 1:
             notes.append(f"the runs differ in {key}: {'; '.join(sorted(values))}")
     rewards = {json.dumps(r.arguments["determining"]["rewards"], sort_keys=True) for p in section.points

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import DataError
-from utils.files import write_atomically
+from utils.files import same_header, write_atomically
 from utils.fit_measures import explained_variance, fit_report
 from utils.tree_examples import validation_nodes
 from utils.trees import Tree
@@ -165,7 +165,7 @@ def save_token_table(path: str | Path, table: np.ndarray, report: Mapping | None
 
     data = np.asarray(table, np.float32)
     metadata = {"report": json.dumps(report or {}), CHECKSUM: hashlib.sha256(data.tobytes()).hexdigest()}
-    write_atomically(Path(path), save({"table": data}, metadata=metadata))
+    write_atomically(Path(path), same_header(save({"table": data}, metadata=metadata)))
 
 
 def load_token_table(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
