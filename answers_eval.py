@@ -29,7 +29,7 @@ TAKEN = {name.replace("_", " ") for name in OWN}
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("answers", metavar="FILE", help="answers: .jsonl, .json, .csv or .parquet, plain or gzipped")
+    parser.add_argument("answers", metavar="FILE", help="answers: .jsonl, .json or .csv, plain or gzipped, or .parquet")
     parser.add_argument("--method_name", required=True, help="what made them: its name in run folders and reports")
     add_evaluation_arguments(parser, decodes=False)
     return parser

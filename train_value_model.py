@@ -241,8 +241,8 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
 
     name = plan.objective.name
     settings = {
-        "dataset": dataset.name, "objective": name, "data_dir": str(plan.data_dir.resolve()),
-        "init_checkpoint": str(plan.init.resolve()) if plan.init else None, "KL_penalty": args.KL_penalty,
+        "dataset": dataset.name, "objective": name, "data_dir": config.portable(plan.data_dir),
+        "init_checkpoint": config.portable(plan.init) if plan.init else None, "KL_penalty": args.KL_penalty,
         "log_ratio": args.log_ratio, "max_trees": args.max_trees,
         "training": dataclasses.asdict(plan.spec), "value_model": dataclasses.asdict(config.value_model),
     }  # fmt: skip

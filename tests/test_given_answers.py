@@ -82,6 +82,14 @@ def test_a_certain_answers_log_probability_may_round_to_a_little_more_than_0(scr
     assert all(s["log_ratio"] == -s["reference_log_prob"] for s in read_samples(folder_of(script, "mine")))
 
 
+def test_a_kl_that_cannot_be_is_said(script, tmp_path, capsys):
+    """As where the prompt's tokens were counted too: every answer is likelier under the reference."""
+    for name, log_prob, said in (("prompts_too", -60.0, True), ("answers", -1.0, False)):
+        rows = [row | {"trial": t, "log_prob": log_prob} for row in ROWS for t in range(6)]
+        assert script("answers_eval", written(tmp_path / f"{name}.jsonl", rows), "--method_name", name) == 0
+        assert ("no KL is below 0" in capsys.readouterr().out) == said
+
+
 def test_the_same_answers_are_scored_once_and_others_anew(script, tmp_path, capsys):
     file = written(tmp_path / "answers.jsonl", ROWS)
     assert script("answers_eval", file, "--method_name", "mine") == 0
@@ -184,7 +192,8 @@ BAD = {
     "its end": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos>"}], "ends with a special token, 'w1 <eos>'"),
     "padding": ([*ROWS[:3], ROWS[3] | {"response": "w1 <eos> <pad>"}], "ends with a special token"),
     "nan": ([ROWS[0] | {"log_prob": float("nan")}], "log_prob is nan, not a finite number"),
-    "some": ([ROWS[0] | {"log_prob": -1}, *ROWS[1:]], "a log_prob for some answers only"),
+    "some": ([ROWS[0] | {"log_prob": -1}, *ROWS[1:]], "log_prob for some answers only"),
+    "times": ([ROWS[0] | {"seconds": 0.5}, *ROWS[1:]], "seconds for some answers only"),
     "time": ([ROWS[0] | {"seconds": -1}], "seconds is -1, below 0"),
     "finished": ([ROWS[0] | {"finished": "perhaps"}], "neither true nor false"),
     "surrogate": ([ROWS[0] | {"response": "\ud800"}], "not valid Unicode"),

@@ -285,6 +285,13 @@ class Config:
             return str(self.workspace / path)
         return path
 
+    def portable(self, path: str | os.PathLike) -> str:
+        """A path as it is put on record: from the workspace on where it lies there, so that a workspace can move."""
+        place, workspace = Path(path).resolve(), self.workspace.resolve()
+        if not place.exists():  # a Hub name
+            return str(path)
+        return str(place.relative_to(workspace) if place.is_relative_to(workspace) else place)
+
     def default_path(self, *parts: str) -> Path:
         """Where a default artefact lies: below the workspace."""
         return self.workspace.joinpath(*parts)

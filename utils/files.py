@@ -135,6 +135,14 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def same_setting(known, now) -> bool:
+    """Whether a recorded setting is the present one; earlier versions recorded whole paths (see `Config.portable`)."""
+    if known == now:
+        return True
+    paths = isinstance(known, str) and isinstance(now, str) and os.path.isabs(known) and now
+    return bool(paths) and not os.path.isabs(now) and known.endswith("/" + now)
+
+
 def flat(data: Mapping, separator: str = ".", place: str = "") -> dict:
     """Nested mappings as one, their keys joined by the separator."""
     found = {}

@@ -19,7 +19,9 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.data import read_rows
 from utils.decoding import Completion, score_texts
+from utils.summaries import mean_and_error
 
+FEW = 20  # answers, of which a mean says little
 ROUNDING = 1e-3  # what a sum of log-probabilities of certain tokens may be above 0
 
 
@@ -40,7 +42,7 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
     """The answers to these prompts; those to others are left out.
 
     Args:
-        file: JSON lines, a JSON list, CSV or Parquet, plain or gzipped.
+        file: JSON lines, a JSON list or CSV, plain or gzipped, or Parquet.
         prompts: {index: the data set's prompt}.
         num_trials: answers per prompt that are wanted; None: as many as the file has.
 
@@ -76,8 +78,9 @@ def read_answers(file: Path, prompts: Mapping[int, str], num_trials: int | None 
             f"prompts are wanted; --num_prompts, --start_index and --num_trials say how many"
         )
     kept = {key: found[key] for key in sorted(found) if key[1] < trials}
-    if len({math.isnan(answer.log_prob) for answer in kept.values()}) > 1:
-        raise DataError(f"{file} has a log_prob for some answers only; give it for all of them, or for none")
+    for name, known in (("log_prob", lambda a: not math.isnan(a.log_prob)), ("seconds", lambda a: a.seconds > 0)):
+        if len({known(answer) for answer in kept.values()}) > 1:
+            raise DataError(f"{file} has {name} for some answers only; give it for all of them, or for none")
     if left := strangers + len(found) - len(kept):
         print(f"{left} answers in {file} are to other prompts or of further trials, and are left out")
     return kept
@@ -159,6 +162,8 @@ class GivenAnswers:
     def __init__(self, answers: Mapping[Key, Answer], tokenizer, reference=None, *, temperature: float = 1.0):
         self.answers, self.tokenizer, self.reference = answers, tokenizer, reference
         self.temperature = temperature
+        self._log_ratios: list[float] = []
+        self._said = False
         self.context = getattr(getattr(reference, "config", None), "max_position_embeddings", None)
         special = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
         for (index, trial), answer in answers.items():
@@ -200,4 +205,18 @@ class GivenAnswers:
             completions.append([given])
             if on_completion is not None:
                 on_completion(len(ids))
+        self._look_at([given.log_ratio for [given] in completions])
         return completions
+
+    def _look_at(self, log_ratios: Sequence[float]) -> None:
+        """Say once that the KL cannot be right, where so many answers' mean log-ratio lies that far below 0."""
+        self._log_ratios += log_ratios
+        if self._said or len(self._log_ratios) < FEW or any(map(math.isnan, self._log_ratios)):
+            return
+        mean, error = mean_and_error(self._log_ratios)
+        if mean < -4 * error:
+            self._said = True
+            print(
+                f"note: the log-ratios' mean is {mean:.2f} (s.e. {error:.2f}), and no KL is below 0: log_prob is to be "
+                "the sum over the answer's own tokens, its end included, under the distribution that was sampled"
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from utils.cli import DataError
-from utils.files import flat, hold, put_in_place, write_atomically
+from utils.files import flat, hold, put_in_place, same_setting, write_atomically
 from utils.places import ADAPTER, record_checksum
 
 METRICS, ARGUMENTS = "metrics.json", "args.yaml"
@@ -88,7 +88,7 @@ def _same_settings(folder: Path, settings: dict) -> None:
     known = flat((yaml.safe_load((folder / ARGUMENTS).read_text()) or {}).get("settings", {}))
     settings = flat(settings)
     for key in sorted(set(known) | set(settings)):
-        if known.get(key) != settings.get(key):
+        if not same_setting(known.get(key), settings.get(key)):
             raise DataError(
                 f"{folder} was made with {key}={known.get(key)!r}, this command has {settings.get(key)!r}; "
                 "give another --output_dir, the same arguments, or --rerun to replace it"

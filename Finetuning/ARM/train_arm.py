@@ -104,7 +104,8 @@ def settings_of(
 
     base, _ = reference_path(config, dataset)
     return {
-        "dataset": dataset.name, "objective": objective.name, "pairs": args.pairs, "base_model": base,
+        "dataset": dataset.name, "objective": objective.name, "pairs": args.pairs,
+        "base_model": config.portable(base),
         "base_content": provenance.fingerprint(base), "prompts": provenance.hash_of(texts)[:16],
         "reward": dataclasses.asdict(objective), "max_new_tokens": dataset.max_new_tokens,
         "top_k": config.decoding.top_k, "temperature": config.decoding.temperature,

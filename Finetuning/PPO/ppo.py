@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = Accelerator(cpu=args.device == "cpu")
     device = alone or accelerator.device
     settings = {
-        "algorithm": args.algorithm, "dataset": dataset.name, "weights": weights, "base_model": base,
+        "algorithm": args.algorithm, "dataset": dataset.name, "weights": weights,
+        "base_model": config.portable(base),
         "base_content": provenance.fingerprint(base), "prompts": provenance.hash_of(texts)[:16],
         "rewards": {n: dataclasses.asdict(config.objective(n)) for n in weights}, "max_new_tokens": max_new_tokens,
         "temperature": config.decoding.temperature, "training": dataclasses.asdict(spec),

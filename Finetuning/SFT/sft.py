@@ -36,7 +36,7 @@ from utils.cli import (
     run,
 )
 from utils.config import Config, DatasetSpec, SFTSpec
-from utils.files import command_line, hold, lets_go, whole_folder
+from utils.files import command_line, hold, lets_go, same_setting, whole_folder
 from utils.places import last_checkpoint
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
@@ -179,7 +179,7 @@ def differences(file: Path, settings: dict) -> str:
             f"{file.parent} is not empty and has no readable {file.name}; give another --save_directory, "
             "or a --wandb_name, which makes a folder below it"
         ) from None
-    names = [n for n in dict.fromkeys((*settings, *recorded)) if recorded.get(n) != settings.get(n)]
+    names = [n for n in dict.fromkeys((*settings, *recorded)) if not same_setting(recorded.get(n), settings.get(n))]
     return "; ".join(f"{n}: {recorded.get(n)!r}, now {settings.get(n)!r}" for n in names)
 
 
@@ -218,14 +218,15 @@ def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
 
 
 def settings_of(
-    dataset: DatasetSpec, spec: SFTSpec, base: str, origin: str, files: list[Path], accumulation: int
+    config: Config, dataset: DatasetSpec, spec: SFTSpec, origin: str, files: list[Path], accumulation: int
 ) -> dict:
     """What determines the adapter, as plain data of one level, so that a difference can be named."""
     from utils.provenance import fingerprint
 
     plain = dataclasses.asdict(spec)
     lora = {f"lora_{name}": value for name, value in plain.pop("lora").items()}
-    made_from = {"base_model": base, "base_content": fingerprint(base), "data": origin}
+    base, data = config.locate(config.base_model.path), ", ".join(map(config.portable, files)) or origin
+    made_from = {"base_model": config.portable(base), "base_content": fingerprint(base), "data": data}
     made_from["data_content"] = [fingerprint(file) for file in files]
     settings = {"dataset": dataset.name, **made_from, "gradient_accumulation_steps": accumulation, **plain, **lora}
     return json.loads(json.dumps(settings))
@@ -349,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     files = data.local_files(source, config, args.data_files)
-    settings = settings_of(dataset, spec, base, origin, files, args.gradient_accumulation_steps)
+    settings = settings_of(config, dataset, spec, origin, files, args.gradient_accumulation_steps)
     hold(folder)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     if is_complete(folder, settings, args.rerun):
