@@ -137,6 +137,15 @@ def report_section(folder: Path, figures: Path, prefix: str) -> str:
     return re.sub(r"^#", "##", text, flags=re.MULTILINE).rstrip() + "\n"
 
 
+def rounded(record):
+    """Plain data with its numbers to six digits: what a page's figures have is far less, and the file half as long."""
+    if isinstance(record, dict):
+        return {name: rounded(value) for name, value in record.items()}
+    if isinstance(record, list):
+        return [rounded(value) for value in record]
+    return float(f"{record:.6g}") if isinstance(record, float) else record
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
@@ -155,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         "_".join(filter(None, [args.output.stem, f.name.removeprefix("report").strip("_")])) for f in args.report
     ]
     reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
-    records = [read(folder / "report.json") for folder in args.report]
+    records = rounded([read(folder / "report.json") for folder in args.report])
     write_atomically(args.output.with_suffix(".json"), json.dumps(records, separators=(",", ":")) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
