@@ -3,9 +3,13 @@
 
     python benchmarks/decode.py --config smollm --batch_size 1 8 32 --output benchmarks/results/decode_smollm_cpu.json
 
+    python benchmarks/decode.py --random_weights --batch_size 1 32 --device cuda    # the paper's shapes; no checkpoint
+
 All methods run in turns in one process, several rounds; ratios are taken of the medians. `overhead` is a method's
 seconds over the sum of the model calls that it cannot do without: the reference on B tokens after their past, each
 value model on B x k tokens after theirs. Below 1 means that ours makes a call cheaper (grouped attention does).
+`of_bound`, at batch 1, is the speed over that at which the memory, as fast as a copy is, could stream the weights and
+caches that a token needs.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measuring import (
     add_decoding_arguments,
     answer,
+    bandwidth,
     conditions,
     in_turns,
     keep,
     peak_memory,
+    random_llama,
     random_prompts,
     reference_row,
+    streamed_bytes,
 )
 from utils import cli
 from utils.places import value_model_folder
@@ -37,6 +44,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--value_model_dir", help="trained value models (default: the workspace's, fresh ones where there are none)"
     )
+    parser.add_argument(
+        "--random_weights", action="store_true", help="models of the configuration's shapes with random weights"
+    )
     add_decoding_arguments(parser, max_new_tokens=32)
     return parser
 
@@ -45,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
+    if args.dry_run and args.random_weights:
+        parts = {"reference": config.base_model.path, "value models": config.value_model.path}
+        cli.report_dry_run([(what, path, "its shape, with random weights") for what, path in parts.items()])
+        return 0
     if args.dry_run:
         folders = {n: value_model_folder(config, args.value_model_dir, 0, n) for n in dataset.objectives}
         rows = [
@@ -56,23 +70,42 @@ def main(argv: list[str] | None = None) -> int:
     from utils.models import load_reference, pick_device, vocabulary_size
 
     device = pick_device(args.device)
-    reference, tokenizer = load_reference(config, dataset, device)
-    values = load_values(config, dataset, args.value_model_dir, tokenizer, vocabulary_size(reference), device)
-    rows = []
+    if args.random_weights:
+        reference, values = random_models(config, device)
+    else:
+        reference, tokenizer = load_reference(config, dataset, device)
+        values = load_values(config, dataset, args.value_model_dir, tokenizer, vocabulary_size(reference), device)
+    rows, rate = [], bandwidth(device)
     for batch_size in args.batch_size:
-        rows += measure(reference, values, batch_size, args, device)
+        rows += measure(reference, values, batch_size, args, device, rate)
     record = {
         "rows": rows,
         **conditions("benchmarks/decode.py", argv, device, reference.dtype),
         "reference_parameters": sum(p.numel() for p in reference.parameters()),
         "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
         "value_model_backbones": backbones(values),
+        "gigabytes_per_second": round(rate / 1e9, 1),
         "peak_memory_mib": peak_memory(device),
         "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
     }
     print_table(record)
     keep(record, args.output)
     return 0
+
+
+def random_models(config, device) -> tuple:
+    """A reference and three value models, each with weights of its own, of the configuration's shapes."""
+    from benchmarks.cost_model import shape_at
+    from utils.models import pick_dtype
+
+    dtype, spec = pick_dtype(config, device), config.value_model
+    reference = random_llama(shape_at(config, config.base_model.path), "causal", device, dtype)
+    shape = shape_at(config, spec.path)
+    values = [
+        random_llama(shape, "value", device, dtype, num_layers=spec.num_layers, seed=n, value_pooling=spec.pooling)
+        for n in range(3)
+    ]
+    return reference, values
 
 
 def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device) -> list:
@@ -114,8 +147,8 @@ def candidate_heads(values, rank: int = 64) -> list:
     return heads
 
 
-def measure(reference, values, batch_size: int, args, device) -> list[dict]:
-    """One row per method at a batch size."""
+def measure(reference, values, batch_size: int, args, device, rate: float) -> list[dict]:
+    """One row per method at a batch size; `rate` is the memory's, bytes a second."""
     import torch
 
     from utils.growth import TreeShape, grow_trees
@@ -160,6 +193,7 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
         "generate": plain,
         "reference": lambda: ours(ReferencePolicy(reference, top_k=k)),
         "mavis_1": lambda: ours(MavisPolicy(reference, values[:1], [1.0], beta=4.0, top_k=k)),
+        "mavis_2": lambda: ours(MavisPolicy(reference, values[:2], [0.5, 0.5], beta=4.0, top_k=k)),
         "mavis_3": lambda: ours(MavisPolicy(reference, values, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
         "candidates_1": lambda: ours(CandidatePolicy(reference, values[:1], heads[:1], [1.0], beta=4.0, top_k=k)),
         "candidates_3": lambda: ours(CandidatePolicy(reference, values, heads, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
@@ -174,11 +208,29 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
         "generate": median["bare reference"],
         "reference": median["bare reference"],
         "mavis_1": median["bare reference"] + median["bare value model"],
+        "mavis_2": median["bare reference"] + backbones(values[:2]) * median["bare value model"],
         "mavis_3": median["bare reference"] + backbones(values) * median["bare value model"],
         "candidates_1": median["bare reference"] + median["bare value model, 1 token"],
         "candidates_3": median["bare reference"] + backbones(values) * median["bare value model, 1 token"],
     }
     speed = {name: generated[name] / median[name] for name in methods}
+    context = args.prompt_tokens + tokens / 2
+    read = {
+        "generate": 0,
+        "reference": 0,
+        "mavis_1": 1,
+        "mavis_2": 2,
+        "mavis_3": 3,
+        "candidates_1": 1,
+        "candidates_3": 3,
+    }
+    streamed = [streamed_bytes(reference, context), streamed_bytes(values[0], context)]
+
+    def of_bound(name: str) -> float | None:
+        if batch_size > 1 or name not in read:
+            return None
+        return round(speed[name] * (streamed[0] + backbones(values[: read[name]]) * streamed[1]) / rate, 3)
+
     return [
         {
             "method": name,
@@ -190,8 +242,9 @@ def measure(reference, values, batch_size: int, args, device) -> list[dict]:
             "ratio_to_generate": round(speed[name] / speed["generate"], 3),
             "ratio_to_reference": round(speed[name] / speed["reference"], 3),
             "overhead": round(median[name] / needs[name], 3) if name in needs else None,
+            "of_bound": of_bound(name),
         }
-        for name in ("generate", "reference", "mavis_1", "mavis_3", "candidates_1", "candidates_3", "trees")
+        for name in (*read, "trees")
     ]
 
 
@@ -217,15 +270,15 @@ def print_table(record: dict) -> None:
     print(f"{record['device']}, {record['dtype']}, peak memory {record['peak_memory_mib']} MiB")
     print(
         f"{'method':<12} {'batch':>5} {'tokens/s':>10} {'range':>17} "
-        f"{'/ generate':>11} {'/ reference':>12} {'overhead':>9}"
+        f"{'/ generate':>11} {'/ reference':>12} {'overhead':>9} {'/ bound':>8}"
     )
     for row in record["rows"]:
         low, high = row["tokens_per_second_range"]
-        overhead = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
+        overhead, bound = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("overhead", "of_bound"))
         print(
             f"{row['method']:<12} {row['batch_size']:>5} {row['tokens_per_second']:>10.1f} "
             f"{f'{low:.1f} - {high:.1f}':>17} "
-            f"{row['ratio_to_generate']:>11.2f} {row['ratio_to_reference']:>12.2f} {overhead:>9}"
+            f"{row['ratio_to_generate']:>11.2f} {row['ratio_to_reference']:>12.2f} {overhead:>9} {bound:>8}"
         )
 
 

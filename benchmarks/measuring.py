@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from utils import cli
+from utils.costs import Shape, cache_bytes
 from utils.files import write_json
 from utils.places import reference_path
 
@@ -71,6 +72,61 @@ def answer(policy, prompts, max_new_tokens: int) -> int:
     keys = [(0, i) for i in range(len(prompts))]
     how = {"max_new_tokens": max_new_tokens, "eos_token_id": None, "batch_size": len(prompts)}
     return sum(len(c.token_ids) for c in decode(policy, prompts.tolist(), keys=keys, **how))
+
+
+def random_llama(shape: Shape, kind: str, device, dtype, *, num_layers: int | None = None, seed: int = 0, **config):
+    """A Llama of that shape with random weights, made on its device: "causal" or, with a scalar head, "value".
+
+    Raises:
+        DataError: the shape is no Llama's.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    if shape.mlp_matrices != 3 or not shape.causal or shape.encoder_layers:
+        raise cli.DataError("--random_weights makes Llamas, and the configuration's model has another architecture")
+    made = LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_size,
+        num_hidden_layers=shape.layers if num_layers is None else num_layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, num_labels=1, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, dtype=dtype, **config,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return (LlamaForCausalLM if kind == "causal" else LlamaForSequenceClassification)(made).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def bandwidth(device) -> float:
+    """Bytes a second that the device's memory moves, by copying: read and written ones; the best of some."""
+    import torch
+
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size // 4, device=device)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
+def streamed_bytes(model, context: float) -> float:
+    """Bytes that one new token of one text must move: the model's matrices, its keys and values of `context` tokens.
+
+    Of an embedding table that is no head, one row is read.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    table, head = model.get_input_embeddings().weight, getattr(model, "lm_head", None)
+    if head is None or head.weight is not table:
+        weights -= table.numel() * table.element_size()
+    return weights + cache_bytes(model.config, context, width=table.element_size())
 
 
 def keep(record: Mapping, output: Path | None) -> None:

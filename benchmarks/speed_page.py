@@ -23,18 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 DECODING = {
     "decode_smollm_pooled_cpu.json": "three objectives on one backbone (the small world's value models)",
     "decode_smollm_cpu.json": "each objective a model of its own, 8 layers (published value models)",
+    "decode_paper_gpu.json": "the paper's shapes with random weights, on a GPU",
 }
 
 INTRODUCTION = """# Speed
 
 Tables of `benchmarks/results/`, written by `python benchmarks/speed_page.py`. Everything here was measured on 2 CPU
-cores with SmolLM2-135M-Instruct; no GPU figure has been taken yet. Ratios are of medians; methods run in turns in one
-process.
+cores with SmolLM2-135M-Instruct, but for what says another device. Ratios are of medians; methods run in turns in one
+process. What a GPU makes of the paper's shapes is measured without any checkpoint by `python benchmarks/decode.py
+--random_weights --device cuda --batch_size 1 8 32 --output benchmarks/results/decode_paper_gpu.json`; where that file is
+not there, nobody has.
 
 """
 DECODING_NOTE = """`overhead` is a method's seconds over those of the bare model calls that it cannot do without; 1 is
 the bound. Below 1, the project's grouped attention makes a call cheaper than transformers'. `mavis_n` has n objectives
-with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children.
+with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children. Of the bound,
+at batch 1: the speed over that at which the memory, as fast as a copy is, streams what a token needs.
 """
 ADAPTERS_NOTE = """Value models that are LoRA adapters: `apart` as PEFT leaves them, `merged` into weights of their own
 (the default), `stacked` on one base (`--value_adapters stacked`), which pays for few rows and in memory.
@@ -67,6 +71,8 @@ def page(results: Path) -> str:
     """The page of a folder of results."""
     parts = [INTRODUCTION + "## Decoding\n\n" + DECODING_NOTE]
     for file, what in DECODING.items():
+        if not (results / file).is_file():
+            continue
         record = load(results, file)
         parts.append(f"### {what[0].upper()}{what[1:]}\n\n" + decoding_table(record["rows"]) + source(record))
     record = load(results, "value_adapters_smollm_cpu.json")
@@ -94,10 +100,11 @@ def decoding_table(rows: Sequence[dict]) -> str:
     found = {(r["method"], r["batch_size"]): r for r in rows}
 
     def cell(row: dict) -> str:
-        overhead = "-" if row["overhead"] is None else f"{row['overhead']:.2f}"
-        return f"{row['tokens_per_second']:.0f}, {row['ratio_to_generate']:.2f}, {overhead}"
+        figures = [row["ratio_to_generate"], row["overhead"], *([row["of_bound"]] if "of_bound" in row else [])]
+        return ", ".join([f"{row['tokens_per_second']:.0f}", *("-" if x is None else f"{x:.2f}" for x in figures)])
 
-    header = ["tokens/s, of generate(), overhead", *(f"batch {size}" for size in sizes)]
+    bound = ", of the bound" if any("of_bound" in r for r in rows) else ""
+    header = [f"tokens/s, of generate(), overhead{bound}", *(f"batch {size}" for size in sizes)]
     return markdown_rows(header, [[m, *(cell(found[m, size]) for size in sizes)] for m in methods])
 
 

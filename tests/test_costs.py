@@ -13,9 +13,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks import cost_model
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from utils import costs
+from utils.cli import DataError
 from utils.growth import TreeShape, grow_trees
 from utils.hdf5_utils import read_trees, stored_indices
 from utils.prefix_tree import pack
+
+
+def test_what_a_token_streams_is_every_matrix_and_the_cache():
+    """Against the arithmetic on shapes, which leaves norms out."""
+    from benchmarks.measuring import random_llama, streamed_bytes
+
+    shape = costs.Shape(3, 32, 4, 2, 8, 48, 3, 100)
+    for kind, head, layers in (("causal", True, 3), ("value", False, 2)):
+        model = random_llama(shape, kind, "cpu", torch.bfloat16, num_layers=layers)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        others = sum(p.numel() for name, p in model.named_parameters() if "norm" in name or "score" in name)
+        numbers = costs.matrix_parameters(shape, num_layers=layers, head=head) + others
+        assert streamed_bytes(model, 10) == 2 * numbers + costs.cache_bytes(shape, 10, num_layers=layers)
+    with pytest.raises(DataError, match="another architecture"):
+        random_llama(costs.Shape(3, 32, 4, 2, 8, 48, 2, 100), "causal", "cpu", torch.float32)
 
 
 def counted(call) -> int:
