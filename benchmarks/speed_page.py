@@ -20,25 +20,25 @@ from utils.cli import markdown_rows, run
 from utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = "decode_paper_gpu.json"
 DECODING = {
     "decode_smollm_pooled_cpu.json": "three objectives on one backbone (the small world's value models)",
     "decode_smollm_cpu.json": "each objective a model of its own, 8 layers (published value models)",
-    "decode_paper_gpu.json": "the paper's shapes with random weights, on a GPU",
+    GPU: "the paper's shapes with random weights, on a GPU",
 }
 
 INTRODUCTION = """# Speed
 
 Tables of `benchmarks/results/`, written by `python benchmarks/speed_page.py`. Everything here was measured on 2 CPU
 cores with SmolLM2-135M-Instruct, but for what says another device. Ratios are of medians; methods run in turns in one
-process. What a GPU makes of the paper's shapes is measured without any checkpoint by `python benchmarks/decode.py
---random_weights --device cuda --batch_size 1 8 32 --output benchmarks/results/decode_paper_gpu.json`; where that file is
-not there, nobody has.
+process. A GPU is measured at the paper's shapes, with no checkpoint, by `python benchmarks/decode.py --random_weights
+--device cuda --batch_size 1 8 32 --output benchmarks/results/decode_paper_gpu.json`.
 
 """
 DECODING_NOTE = """`overhead` is a method's seconds over those of the bare model calls that it cannot do without; 1 is
 the bound. Below 1, the project's grouped attention makes a call cheaper than transformers'. `mavis_n` has n objectives
-with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children. Of the bound,
-at batch 1: the speed over that at which the memory, as fast as a copy is, streams what a token needs.
+with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children. Of
+the bound, at batch 1: the speed over that at which the memory, as fast as a copy is, streams what a token needs.
 """
 ADAPTERS_NOTE = """Value models that are LoRA adapters: `apart` as PEFT leaves them, `merged` into weights of their own
 (the default), `stacked` on one base (`--value_adapters stacked`), which pays for few rows and in memory.
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def page(results: Path) -> str:
     """The page of a folder of results."""
-    parts = [INTRODUCTION + "## Decoding\n\n" + DECODING_NOTE]
+    no_gpu = "" if (results / GPU).is_file() else "No GPU has been measured yet.\n\n"
+    parts = [INTRODUCTION + no_gpu + "## Decoding\n\n" + DECODING_NOTE]
     for file, what in DECODING.items():
         if not (results / file).is_file():
             continue
