@@ -605,3 +605,18 @@ def test_seeds_on_unequal_prompts_are_pooled_and_their_spread_is_over_the_shared
 def test_a_price_is_shown_to_three_digits_however_small_it_is():
     shown = {0.000412: "0.000412", 1.2264: "1.23", 73.44: "73.4", 203.6: "204", 999.7: "1000", math.nan: "-"}
     assert [amount(price) for price in shown] == list(shown.values())
+
+
+def test_generated_tokens_are_in_both_files_so_that_a_change_of_one_shows(tmp_path):
+    folder = make_run(tmp_path, "reference")
+    csv, samples = folder / "rewards.csv", folder / "samples.jsonl"
+    whole = samples.read_text()
+    before = load_points([folder])[0][0]
+    samples.write_text(re.sub(r'"generated_tokens": \d+', '"generated_tokens": 1', whole, count=1))
+    with pytest.raises(DataError, match="does not hold the means"):
+        load_points([folder])
+    samples.write_text(whole)
+    table = pd.read_csv(csv, index_col="index")
+    table.drop(columns="generated_tokens").to_csv(csv)  # as an earlier version wrote it
+    [again], _ = load_points([folder])
+    assert again.table.equals(before.table) and again.mean("generated_tokens") > 0

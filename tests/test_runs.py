@@ -152,6 +152,7 @@ def test_rewards_csv_holds_the_means_over_trials_bit_for_bit(tmp_path):
         "log_ratio",
         "seconds",
         "tokens",
+        "generated_tokens",
         "distinct",
         "reference_log_prob",
         "finished",

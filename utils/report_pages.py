@@ -17,9 +17,9 @@ from pathlib import Path
 
 from utils.cli import aligned, markdown_rows
 from utils.files import plain, write_atomically
-from utils.report_points import GENERATED, WEIGHTED, Point, grouped
+from utils.report_points import WEIGHTED, Point, grouped
 from utils.reports import Figure, Section, SectionReport
-from utils.summaries import describe_weights
+from utils.summaries import GENERATED, describe_weights
 
 MARKDOWN_PROMPTS, MARKDOWN_ROWS = 3, 60  # what report.md shows of samples and of long tables of differences
 TEMPLATE = Path(__file__).with_name("report_page.html")

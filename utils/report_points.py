@@ -19,9 +19,8 @@ import pandas as pd
 
 from utils.cli import DataError
 from utils.runs import ARGUMENTS, REWARDS, SAMPLES, SUMMARY, read_arguments, read_samples
-from utils.summaries import MEASURES, mean_and_error, per_prompt
+from utils.summaries import GENERATED, MEASURES, mean_and_error, per_prompt
 
-GENERATED = "generated_tokens"  # a column that only samples.jsonl has: every candidate's tokens
 ALWAYS_NAMED = ("beta", "kl_budget", "num_samples")  # settings that a series' name says even where all share them
 WEIGHTED = "weighted reward"
 
@@ -33,7 +32,7 @@ class RunRecord:
     folder: Path
     arguments: dict
     samples: list[dict] = field(repr=False)
-    table: pd.DataFrame = field(repr=False)  # rewards.csv and the generated tokens, indexed by the prompt's index
+    table: pd.DataFrame = field(repr=False)  # rewards.csv, indexed by the prompt's index
 
     @property
     def seed(self) -> int:
@@ -114,7 +113,7 @@ class Point:
     @property
     def scores(self) -> list[str]:
         """Columns that are rewards or an independent judge's scores."""
-        return [c for c in self.table.columns if c not in (*MEASURES, GENERATED)]
+        return [c for c in self.table.columns if c not in MEASURES]
 
     @property
     def samples(self) -> dict[int, list[dict]]:
@@ -174,14 +173,16 @@ def read_run(folder: Path, arguments: dict) -> RunRecord:
         raise DataError(f"{folder / REWARDS} has other prompts than {ARGUMENTS} says; it was changed after the run")
     samples = read_samples(folder)
     means = pd.DataFrame(per_prompt(samples)).set_index("index") if samples else table.iloc[:0]
+    if samples and GENERATED not in table:  # written by an earlier version
+        table = table.join(means[GENERATED])
+        table = table[sorted(table.columns, key=[*means.columns, *table.columns].index)]
     same = list(table.columns) == list(means.columns) and len(table) == len(means)
     same = same and all(d.kind in "fiub" for d in table.dtypes)
     if not same or not np.allclose(table.astype(float), means.astype(float), rtol=1e-9, atol=1e-12, equal_nan=True):
         raise DataError(
             f"{folder / REWARDS} does not hold the means of {SAMPLES}: one of them was changed or is damaged"
         )
-    tokens = pd.DataFrame([(s["index"], s[GENERATED]) for s in samples], columns=["index", GENERATED])
-    return RunRecord(folder, arguments, samples, table.join(tokens.groupby("index").mean()))
+    return RunRecord(folder, arguments, samples, table)
 
 
 def load_points(paths: Sequence[str | Path]) -> tuple[list[Point], list[str]]:

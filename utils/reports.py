@@ -27,8 +27,8 @@ from utils.pareto import (
     reference_point_of,
 )
 from utils.plots import THEMES, PlotPoint, looks_of, plot_curves, plot_front
-from utils.report_points import ALWAYS_NAMED, GENERATED, WEIGHTED, Point, grouped, series_names, short, spans
-from utils.summaries import WORK, describe_weights, mean_and_error
+from utils.report_points import ALWAYS_NAMED, WEIGHTED, Point, grouped, series_names, short, spans
+from utils.summaries import GENERATED, WORK, describe_weights, mean_and_error
 
 # ----------------------------------------------------------------------------------------------------------- sections
 

@@ -370,7 +370,7 @@ def _sample_problem(sample) -> str:
     extra = sample.get("extra", {})
     if not isinstance(extra, dict) or not scores:
         return "no scores"
-    numbers = scores | extra | {name: sample[name] for name in (*MEASURES, "generated_tokens") if name in sample}
+    numbers = scores | extra | {name: sample[name] for name in MEASURES if name in sample}
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return f"{name} is no finite number"
