@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
     records = rounded([read(folder / "report.json") for folder in args.report])
+    for section in (section for record in records for section in record["sections"]):
+        section.pop("differences", None)  # of every two rows, most of the file: the report has them
     write_atomically(args.output.with_suffix(".json"), json.dumps(records, separators=(",", ":")) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
