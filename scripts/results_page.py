@@ -164,10 +164,10 @@ def main(argv: list[str] | None = None) -> int:
         "_".join(filter(None, [args.output.stem, f.name.removeprefix("report").strip("_")])) for f in args.report
     ]
     reports = [report_section(f, figures, prefix + "_") for f, prefix in zip(args.report, prefixes, strict=True)]
-    records = rounded([read(folder / "report.json") for folder in args.report])
+    records = [read(folder / "report.json") for folder in args.report]
     for section in (section for record in records for section in record["sections"]):
         section.pop("differences", None)  # of every two rows, most of the file: the report has them
-    write_atomically(args.output.with_suffix(".json"), json.dumps(records, separators=(",", ":")) + "\n")
+    write_atomically(args.output.with_suffix(".json"), json.dumps(rounded(records), separators=(",", ":")) + "\n")
     parts = [
         args.notes.read_text().rstrip() + "\n",
         "## Reward models\n",

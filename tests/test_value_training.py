@@ -131,6 +131,14 @@ def test_errors_within_prompts_are_the_spread_of_new_prompts():
     assert all(math.isnan(e) for e in errors_within([1.0, 2.0], [1.0, 2.0], [0, 0]))
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_does_not_vary_has_no_error_and_no_warning():
+    targets, groups = np.arange(8.0), np.repeat([0, 1], 4)
+    explained, related = errors_within(targets, np.zeros(8), groups)
+    assert explained == 0 and math.isnan(related)
+    assert math.isnan(correlation_gain(targets, np.zeros(8), targets, groups)["low"])
+
+
 def test_the_gain_of_correlation_is_paired_and_its_interval_covers():
     """95 % of the intervals have the gain of a large sample; of 200, four standard errors of that are 6 %."""
     rng = np.random.default_rng(1)

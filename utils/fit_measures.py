@@ -70,6 +70,11 @@ def _within(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return 1 - rest / tt, tp / np.sqrt(tt * pp)
 
 
+def _known(drawn: np.ndarray) -> np.ndarray:
+    """The draws that have a measure: in the others targets or predictions do not vary."""
+    return drawn[np.isfinite(drawn)]
+
+
 def errors_within(targets, predictions, groups) -> tuple[float, float]:
     """Standard errors of explained variance and correlation within groups, by drawing groups with replacement.
 
@@ -78,8 +83,8 @@ def errors_within(targets, predictions, groups) -> tuple[float, float]:
     sums = _sums_of_groups(targets, predictions, groups)
     if len(sums) < 2:
         return math.nan, math.nan
-    explained, related = _within(_resampled(sums))
-    return float(np.nanstd(explained)), float(np.nanstd(related))
+    explained, related = map(_known, _within(_resampled(sums)))
+    return tuple(float(drawn.std()) if len(drawn) else math.nan for drawn in (explained, related))
 
 
 def correlation_gain(targets, predictions, others, groups) -> dict[str, float]:
@@ -92,7 +97,8 @@ def correlation_gain(targets, predictions, others, groups) -> dict[str, float]:
     sums = np.stack([_sums_of_groups(targets, p, groups) for p in (predictions, others)], axis=1)  # (G, 2, 4)
     _, (one, other) = _within(sums.sum(0))
     drawn = _within(_resampled(sums))[1]  # (draws, 2)
-    low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
+    known = _known(drawn[:, 0] - drawn[:, 1])
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
     return {"difference": float(one - other), "low": float(low), "high": float(high)}
 
 
