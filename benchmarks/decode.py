@@ -14,6 +14,7 @@ caches that a token needs.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -147,20 +148,43 @@ def candidate_heads(values, rank: int = 64) -> list:
     return heads
 
 
+def steering(reference, values, k: int) -> dict:
+    """The policies that are measured, {name: policy}; a policy's caches and recordings serve all its rounds."""
+    from utils.policies import CandidatePolicy, MavisPolicy, ReferencePolicy
+
+    heads, tilt = candidate_heads(values), {"beta": 4.0, "top_k": k}
+    return {
+        "reference": ReferencePolicy(reference, top_k=k),
+        "mavis_1": MavisPolicy(reference, values[:1], [1.0], **tilt),
+        "mavis_2": MavisPolicy(reference, values[:2], [0.5, 0.5], **tilt),
+        "mavis_3": MavisPolicy(reference, values, [0.4, 0.3, 0.3], **tilt),
+        "candidates_1": CandidatePolicy(reference, values[:1], heads[:1], [1.0], **tilt),
+        "candidates_3": CandidatePolicy(reference, values, heads, [0.4, 0.3, 0.3], **tilt),
+    }
+
+
+def with_graphs(policies: dict) -> dict:
+    """The same, with recorded steps."""
+    from utils.graphs import graphs_for
+
+    for policy in policies.values():
+        policy.graphs = graphs_for(policy.device, True, True)
+    return policies
+
+
 def measure(reference, values, batch_size: int, args, device, rate: float) -> list[dict]:
     """One row per method at a batch size; `rate` is the memory's, bytes a second."""
     import torch
 
     from utils.growth import TreeShape, grow_trees
-    from utils.policies import CandidatePolicy, MavisPolicy, ReferencePolicy
+    from utils.policies import ReferencePolicy
 
-    heads = candidate_heads(values)
     tokens, k = args.max_new_tokens, args.topk
     prompts = random_prompts(reference, batch_size, args.prompt_tokens)
     inputs = prompts.to(device)
-
-    def ours(policy) -> int:
-        return answer(policy, prompts, tokens)
+    policies = steering(reference, values, k)
+    if device.type == "cuda":
+        policies |= {f"{name}_graphs": policy for name, policy in with_graphs(steering(reference, values, k)).items()}
 
     def plain() -> int:
         with torch.inference_mode():
@@ -191,12 +215,7 @@ def measure(reference, values, batch_size: int, args, device, rate: float) -> li
 
     methods: dict[str, Callable[[], int]] = {
         "generate": plain,
-        "reference": lambda: ours(ReferencePolicy(reference, top_k=k)),
-        "mavis_1": lambda: ours(MavisPolicy(reference, values[:1], [1.0], beta=4.0, top_k=k)),
-        "mavis_2": lambda: ours(MavisPolicy(reference, values[:2], [0.5, 0.5], beta=4.0, top_k=k)),
-        "mavis_3": lambda: ours(MavisPolicy(reference, values, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
-        "candidates_1": lambda: ours(CandidatePolicy(reference, values[:1], heads[:1], [1.0], beta=4.0, top_k=k)),
-        "candidates_3": lambda: ours(CandidatePolicy(reference, values, heads, [0.4, 0.3, 0.3], beta=4.0, top_k=k)),
+        **{name: functools.partial(answer, policy, prompts, tokens) for name, policy in policies.items()},
         "trees": trees,
         "bare reference": lambda: bare(reference, inputs, 1, tokens - 1),
         "bare value model": lambda: bare(values[0].model, inputs, k, tokens),
@@ -204,32 +223,21 @@ def measure(reference, values, batch_size: int, args, device, rate: float) -> li
     }
     seconds, generated = in_turns(methods, args.rounds, device)
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    needs = {
-        "generate": median["bare reference"],
-        "reference": median["bare reference"],
-        "mavis_1": median["bare reference"] + median["bare value model"],
-        "mavis_2": median["bare reference"] + backbones(values[:2]) * median["bare value model"],
-        "mavis_3": median["bare reference"] + backbones(values) * median["bare value model"],
-        "candidates_1": median["bare reference"] + median["bare value model, 1 token"],
-        "candidates_3": median["bare reference"] + backbones(values) * median["bare value model, 1 token"],
-    }
+    # Of each method that answers, the value models that a step reads.
+    read = {"generate": 0} | {name: len(policy.value_readers) for name, policy in policies.items()}
+
+    def needed(name: str) -> float:
+        queries = "bare value model, 1 token" if name.startswith("candidates") else "bare value model"
+        return median["bare reference"] + read[name] * median[queries]
+
     speed = {name: generated[name] / median[name] for name in methods}
     context = args.prompt_tokens + tokens / 2
-    read = {
-        "generate": 0,
-        "reference": 0,
-        "mavis_1": 1,
-        "mavis_2": 2,
-        "mavis_3": 3,
-        "candidates_1": 1,
-        "candidates_3": 3,
-    }
     streamed = [streamed_bytes(reference, context), streamed_bytes(values[0], context)]
 
     def of_bound(name: str) -> float | None:
         if batch_size > 1 or name not in read:
             return None
-        return round(speed[name] * (streamed[0] + backbones(values[: read[name]]) * streamed[1]) / rate, 3)
+        return round(speed[name] * (streamed[0] + read[name] * streamed[1]) / rate, 3)
 
     return [
         {
@@ -241,7 +249,7 @@ def measure(reference, values, batch_size: int, args, device, rate: float) -> li
             ],
             "ratio_to_generate": round(speed[name] / speed["generate"], 3),
             "ratio_to_reference": round(speed[name] / speed["reference"], 3),
-            "overhead": round(median[name] / needs[name], 3) if name in needs else None,
+            "overhead": round(median[name] / needed(name), 3) if name in read else None,
             "of_bound": of_bound(name),
         }
         for name in (*read, "trees")

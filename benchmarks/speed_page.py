@@ -31,14 +31,15 @@ INTRODUCTION = """# Speed
 
 Tables of `benchmarks/results/`, written by `python benchmarks/speed_page.py`. Everything here was measured on 2 CPU
 cores with SmolLM2-135M-Instruct, but for what says another device. Ratios are of medians; methods run in turns in one
-process. A GPU is measured at the paper's shapes, with no checkpoint, by `python benchmarks/decode.py --random_weights
---device cuda --batch_size 1 8 32 --output benchmarks/results/decode_paper_gpu.json`.
+process. A GPU is measured at the paper's shapes, with no checkpoint, by `bash benchmarks/gpu.sh`, which first compares
+recorded steps (`--cuda_graphs`) with plain ones there.
 
 """
 DECODING_NOTE = """`overhead` is a method's seconds over those of the bare model calls that it cannot do without; 1 is
 the bound. Below 1, the project's grouped attention makes a call cheaper than transformers'. `mavis_n` has n objectives
-with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children. Of
-the bound, at batch 1: the speed over that at which the memory, as fast as a copy is, streams what a token needs.
+with 15 candidates each; `candidates_n` the same with candidate heads; `trees` grows trees of 4-2-2 children; `_graphs`
+are recorded steps, on a GPU. Of the bound, at batch 1: the speed over that at which the memory, as fast as a copy is,
+streams what a token needs.
 """
 ADAPTERS_NOTE = """Value models that are LoRA adapters: `apart` as PEFT leaves them, `merged` into weights of their own
 (the default), `stacked` on one base (`--value_adapters stacked`), which pays for few rows and in memory.

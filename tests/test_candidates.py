@@ -104,6 +104,17 @@ def planted(count=4000, hidden=16, size=12, k=K, seed=0):
     return states, ids, scores + 10 * torch.randn(count, 1, generator=rng), torch.arange(count) // 20, embeddings
 
 
+def test_what_a_step_alone_needs_is_no_part_of_a_texts_state():
+    model = value_model("llama_full", 1, pooling="mean")
+    policy = CandidatePolicy(causal_lm("llama_full"), [model], [random_head(model, 1)], [1.0], beta=2.0, top_k=K)
+    [start] = policy.prefill([[5, 6]])
+    policy.open(1)
+    policy.load([0], [start])
+    policy.distribution()
+    policy.advance(torch.tensor([0]))
+    assert policy.save([0])[0].extras.keys() == start.extras.keys()
+
+
 def test_a_planted_head_is_found_and_a_table_alone_is_not_enough():
     """Half of the differences' variance is the table's, so a perfect head agrees to 1 and a table to about 0.7."""
     states, ids, scores, prompt, embeddings = planted()

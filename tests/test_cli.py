@@ -27,7 +27,8 @@ SCRIPTS = sorted(
     for path in REPOSITORY.glob(pattern)
     if path.name not in ("__init__.py", "measuring.py")  # what benchmarks share is no script
 )
-SHELL_SCRIPTS = sorted([*(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("scripts/**/*.sh")), ".ci/run"])
+SHELL_FILES = (path for pattern in ("scripts/**/*.sh", "benchmarks/*.sh") for path in REPOSITORY.glob(pattern))
+SHELL_SCRIPTS = sorted([*(str(path.relative_to(REPOSITORY)) for path in SHELL_FILES), ".ci/run"])
 HEAVY = ("torch", "transformers", "pandas", "datasets", "trl", "peft", "accelerate", "h5py", "sklearn", "matplotlib")
 
 

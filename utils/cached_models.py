@@ -48,6 +48,9 @@ class Layout:
 
     valid (B, capacity) bool; length (B,) int64, the number of tokens read, which is the next token's position.
     `lengths` is the same on the host, so that nothing has to be read back from a device.
+
+    Where steps are recorded (`graphs`), nothing of a step may depend on a number of the host's: `place` (1,) int64 is
+    then `width` on the device, and models read all columns that there are, behind a mask.
     """
 
     def __init__(self, rows: int, device: torch.device, capacity: int = 64):
@@ -55,6 +58,7 @@ class Layout:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
         self.width = 0  # columns in use
+        self.place: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -67,19 +71,53 @@ class Layout:
             more = max(columns, have + have // 2) - have
             self.valid = nn.functional.pad(self.valid, (0, more))
 
-    def append(self) -> None:
-        """Every row has read one more token, in column `width`."""
-        self.ensure(self.width + 1)
-        self.valid[:, self.width] = True
+    def fit(self, columns: int) -> None:
+        """Exactly that many columns, at least those in use, and `width` on the device: a recorded step comes."""
+        self.valid = resized(self.valid, 1, columns)
+        if self.place is None:
+            self.place = self.length.new_zeros(1)
+        self.place.fill_(self.width)
+
+    def target(self, queries: int) -> slice | Tensor:
+        """The columns of the next q tokens, as an index."""
+        if self.place is None:
+            return slice(self.width, self.width + queries)
+        return self.place + torch.arange(queries, device=self.place.device)
+
+    def reach(self, queries: int) -> int:
+        """How many columns are read with the next q tokens."""
+        return self.width + queries if self.place is None else self.valid.shape[1]
+
+    def mark(self) -> None:
+        """On the device: every row has read one more token, in column `width`."""
+        if self.place is None:
+            self.ensure(self.width + 1)
+            self.valid[:, self.width] = True
+        else:
+            self.valid.index_fill_(1, self.place, True)
         self.length += 1
+
+    def count(self) -> None:
+        """The same on the host."""
         self.lengths = [n + 1 for n in self.lengths]
         self.width += 1
 
     def step_mask(self, queries: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask (B, 1, q, width + q) of q tokens at one position: each sees the row's past and itself."""
-        past = self.valid[:, None, : self.width].expand(-1, queries, -1)
-        own = torch.eye(queries, dtype=torch.bool, device=self.valid.device).expand(self.rows, -1, -1)
-        return additive(torch.cat([past, own], dim=-1), dtype)
+        """Additive mask (B, 1, q, reach) of q tokens at one position: each sees the row's past and itself."""
+        if self.place is None:
+            past = self.valid[:, None, : self.width].expand(-1, queries, -1)
+            own = torch.eye(queries, dtype=torch.bool, device=self.valid.device).expand(self.rows, -1, -1)
+            return additive(torch.cat([past, own], dim=-1), dtype)
+        columns = torch.arange(self.reach(queries), device=self.valid.device)
+        return additive(self.valid[:, None] | (columns == self.target(queries)[:, None]), dtype)
+
+
+def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor cut or filled up with zeros at the end of one dimension."""
+    more = size - tensor.shape[dim]
+    if more <= 0:
+        return tensor.narrow(dim, 0, size)
+    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, more))
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,13 +146,14 @@ class SlotCache(Cache):
 
         What is returned are views of the buffer.
         """
-        start, stop = self.layout.width, self.layout.width + key_states.shape[2]
+        queries = key_states.shape[2]
+        target, stop = self.layout.target(queries), self.layout.reach(queries)
         if layer_idx == 0:
             self.ensure(key_states.unflatten(0, (-1, self.copies)).flatten(1, 2), stop)
         read = []
         for store, new in zip(self.store[:, layer_idx], (key_states, value_states), strict=True):
             columns = store.unflatten(1, (self.copies, -1)).flatten(0, 1)
-            columns[:, :, start:stop] = new
+            columns[:, :, target] = new
             read.append(columns[:, :, :stop])
         return read[0], read[1]
 
@@ -129,6 +168,11 @@ class SlotCache(Cache):
             new[:, :, :, :, :have] = self.store
         self.store = new
 
+    def fit(self, columns: int) -> None:
+        """Exactly that many columns, see `Layout.fit`."""
+        if self.store is not None:
+            self.store = resized(self.store, 4, columns)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layout.width
 
@@ -137,8 +181,9 @@ class SlotCache(Cache):
         if self.store is None:
             return
         rows = torch.arange(len(choice), device=choice.device)
-        chosen = self.store[:, :, rows, :, self.layout.width + choice]  # (B, 2, layers, heads, size)
-        self.store[:, :, :, :, self.layout.width] = chosen.permute(1, 2, 0, 3, 4)
+        first = self.layout.width if self.layout.place is None else self.layout.place
+        chosen = self.store[:, :, rows, :, first + choice]  # (B, 2, layers, heads, size)
+        self.store[:, :, :, :, self.layout.target(1)] = chosen.permute(1, 2, 0, 3, 4).unsqueeze(4)
 
     def take_columns(self, columns: Tensor) -> None:
         """Keep columns (B, W) of each row, in that order."""

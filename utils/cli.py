@@ -44,6 +44,21 @@ def add_common(parser: ArgumentParser) -> None:
     )
 
 
+def add_graphs_argument(group) -> None:
+    """The switch of recorded steps (`graphs`), for what decodes."""
+    group.add_argument(
+        "--cuda_graphs",
+        action=BooleanOptionalAction,
+        help="record a step on a GPU once and launch it whole, for few rows (default: the configuration's)",
+    )
+
+
+def check_graphs(asked: bool | None, device: str | None) -> None:
+    """Raise a UsageError where recorded steps are asked for on a device that is named and is no NVIDIA GPU."""
+    if asked and device is not None and not device.startswith("cuda"):
+        raise UsageError(f"--cuda_graphs needs an NVIDIA GPU, and the device is {device}; leave it out")
+
+
 def config_from(args: Namespace) -> Config:
     """The configuration that the command line names; every stage begins so, and learns here that --wandb cannot be."""
     check_wandb(getattr(args, "wandb", False))

@@ -47,6 +47,7 @@ def add_collection_arguments(parser: ArgumentParser) -> None:
         "--seed_increment", type=int, default=0, help="added to the seed, for another set of trees (default: 0)"
     )
     group.add_argument("--batch_size", type=int, help="segments that grow at a time (default: the configuration's)")
+    cli.add_graphs_argument(group)
     group.add_argument(
         "--chunk",
         type=int,
@@ -90,6 +91,7 @@ def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise cli.UsageError(f"--{name} must be at least 1, got {value}")
+    cli.check_graphs(args.cuda_graphs, args.device)
     if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature > 0):
         raise cli.UsageError(f"--temperature must be a finite number above 0, got {args.temperature}")
 
@@ -160,18 +162,21 @@ class Grower:
         self.plan, self.output_dir, self.known, self.bar = plan, output_dir, frozenset(known), bar
         self.began, self.tokens, self.grown, self.discarded = time.time(), 0, 0, 0
 
-    def load(self, config: Config, dataset: DatasetSpec, device_name: str | None, build: Callable) -> None:
+    def load(self, config: Config, dataset: DatasetSpec, args: Namespace, build: Callable) -> None:
         """Load the policy, and encode the prompts that are missing.
 
         Raises:
             DataError: no room for a prompt.
         """
         from utils.data import encode_prompts
+        from utils.graphs import graphs_for
         from utils.models import load_reference, pick_device
 
-        plan, device = self.plan, pick_device(device_name)
+        plan, device = self.plan, pick_device(args.device)
+        graphs = graphs_for(device, args.cuda_graphs, config.decoding.cuda_graphs)
         reference, tokenizer = load_reference(config, dataset, device)
         self.policy = build(reference, tokenizer, device, plan.top_k, plan.temperature)
+        self.policy.graphs = graphs
         self.eos_token_id = tokenizer.eos_token_id
         room = None if self.policy.context is None else self.policy.context - plan.shape.max_new_tokens
         if room is not None and room < 1:
@@ -269,7 +274,7 @@ def collect(
     bar, tracker = cli.progress(total=missing, desc="trees", unit="prompt"), Tracker(False, "")
     grower = Grower(plan, output_dir, known, bar)
     if missing:
-        grower.load(config, dataset, args.device, build)
+        grower.load(config, dataset, args, build)
         wandb, name = args.wandb and process.first, f"trees_{output_dir.name}"
         tracker = Tracker(wandb, f"trees_{policy['policy']}", name, plan.made_with)
         claim_collection(output_dir, plan.made_with)  # not before everything is loaded: a failure leaves no folder

@@ -240,6 +240,7 @@ class DecodingSpec:
     top_k: int = 15
     normalization: str = "minmax"
     batch_size: int = 32
+    cuda_graphs: bool = False  # on a GPU: a step is recorded once and launched whole
 
 
 @dataclass(frozen=True)

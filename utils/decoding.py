@@ -15,6 +15,7 @@ from utils.cli import DataError
 from utils.policies import Snapshot, Step, _Policy
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill at most
+GRAPH_COLUMNS = 64  # recorded steps read a multiple of that many cache columns: few shapes, and few columns for nothing
 # Of log-probabilities and log-ratios that are kept: in float64 what lies behind them depends on the batch's shape, so
 # that without it one process's files would differ from those of several.
 LOG_RATIO_DECIMALS = 9
@@ -201,10 +202,14 @@ def run_jobs(
             for r, job in zip(free, started, strict=True):
                 jobs[r], traces[r], remaining[r] = job, [], job.budget
 
-        step = policy.distribution()
-        choice = rows.record(step, eos, policy.unsound)
-        if trace:
-            _trace(step, choice, jobs, traces)
+        choice = None
+        if policy.graphs is not None and not trace:
+            _recorded_step(policy, rows, eos)
+        else:
+            step = policy.distribution()
+            choice = rows.record(step, eos, policy.unsound)
+            if trace:
+                _trace(step, choice, jobs, traces)
         active = [r for r, j in enumerate(jobs) if j is not None]
         for r in active:
             remaining[r] -= 1
@@ -216,10 +221,24 @@ def run_jobs(
             if any(unsound[r] for r in active):
                 _complain(policy, rows, jobs, next(r for r in active if unsound[r]))
             ended = [r for r in active if not alive[r]]
-        if len(ended) < len(active) or any(jobs[r].keep_state for r in ended):
+        if choice is not None and (len(ended) < len(active) or any(jobs[r].keep_state for r in ended)):
             policy.advance(choice)
         if ended:
             yield from _finish(policy, rows, jobs, traces, ended)
+
+
+def _recorded_step(policy: _Policy, rows: _Rows, eos: Tensor) -> None:
+    """A whole step, the models' reading of the chosen tokens included, as a graph of the policy's."""
+    policy.make_room(GRAPH_COLUMNS)
+    shared = {"eos": eos}
+
+    def step() -> None:
+        choice = rows.record(policy.distribution(), shared["eos"], policy.unsound)
+        policy.take_candidates(choice)
+
+    of_rows = {f"row's {name}": (vars(rows), name) for name in vars(rows)}
+    policy.graphs.run(policy.places() | of_rows | {"eos": (shared, "eos")}, step)
+    policy.count_step()
 
 
 def _prompt_of(key: tuple[int, ...], place: int) -> int:

@@ -249,11 +249,16 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
 
     Raises:
         DataError: something is missing, damaged or does not fit.
-        UsageError: more candidates than there are tokens to choose from.
+        UsageError: more candidates than there are tokens to choose from; graphs where there is no GPU.
     """
     from utils.data import encode_prompts
+    from utils.graphs import graphs_for
 
+    samples = method.decodes and method.generator is None
+    graphs = graphs_for(models.device, settings.cuda_graphs, settings.config.decoding.cuda_graphs and samples)
     policy, tokenizer = method.build(settings, models), models.tokenizer
+    if graphs is not None:
+        policy.graphs = graphs
     room = (policy.context or 1 << 30) - settings.max_new_tokens
     if room < 1:
         raise DataError(

@@ -29,6 +29,7 @@ from utils.cached_models import (
     without_adapter,
 )
 from utils.costs import forward_flops
+from utils.graphs import Place, StepGraphs
 from utils.shared_base import AdapterStack
 
 
@@ -58,6 +59,7 @@ class _Policy:
 
     follows_reference = True  # p_ref is the reference's own probability
     objectives: tuple[str, ...] = ()  # whose values tilt, for messages
+    graphs: StepGraphs | None = None  # of sampling's steps; None: each step's operations are launched one by one
 
     def __init__(self, models: Sequence[nn.Module], mixture: Sequence[float], *, top_k: int, temperature: float):
         if top_k < 1:
@@ -228,6 +230,22 @@ class _Policy:
         for name, tensor in self.extras.items():
             self.extras[name] = torch.cat([tensor[index], tensor.new_zeros(empty, *tensor.shape[1:])])
 
+    @torch.inference_mode()
+    def make_room(self, multiple: int) -> None:
+        """Shapes for a recorded step (`graphs`): as many columns as it needs, rounded up so that few shapes occur."""
+        queries = self.value_tokens if self.value_readers else 1
+        columns = -(-(self.layout.width + queries) // multiple) * multiple
+        self.layout.fit(columns)
+        for cache in self.caches:
+            cache.fit(columns)
+
+    def places(self) -> dict[str, Place]:
+        """Where the tensors are kept that a step reads and changes."""
+        found = {name: (vars(self), name) for name in ("p_ref", "token_ids")}
+        found |= {name: (vars(self.layout), name) for name in ("valid", "length", "place")}
+        found |= {f"cache {i}": (vars(c), "store") for i, c in enumerate(self.caches) if c.store is not None}
+        return found | {f"extra {name}": (self.extras, name) for name in self.extras}
+
     def _compact(self) -> None:
         """Drop columns that no row needs, once they are a good part of the buffer."""
         layout, longest = self.layout, max(self.layout.lengths)
@@ -294,15 +312,24 @@ class _Policy:
         tilted = ", tilted by beta," if self.objectives else ""
         return f"the reference's probabilities{tilted} are not finite (nan)"
 
-    @torch.inference_mode()
     def advance(self, choice: Tensor) -> None:
         """Every row takes the candidate of index choice (B,); the language models read it."""
+        self.take_candidates(choice)
+        self.count_step()
+
+    def count_step(self) -> None:
+        """The host's part of `advance`."""
+        self.layout.count()
+        self._compact()
+
+    @torch.inference_mode()
+    def take_candidates(self, choice: Tensor) -> None:
+        """The device's part of `advance`."""
         tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
         self._choose(choice, tokens)
         logits = self._read(self.languages, self.caches[: len(self.languages)], tokens)
         self.p_ref, self.token_ids = self._candidates(logits)
-        self.layout.append()
-        self._compact()
+        self.layout.mark()
 
     def _read(self, readers: Sequence[CachedModel], caches: Sequence[SlotCache], tokens: Tensor) -> list[Tensor]:
         """What each model reads (`CachedModel.read`) of q tokens (B, q) that could be the next one, behind the layout.
@@ -551,6 +578,7 @@ class CandidatePolicy(MavisPolicy):
         return self.extras[f"state {reader}"].expand(-1, len(self.candidate_heads[reader]), -1).unbind(1)
 
     def _choose(self, choice: Tensor, tokens: Tensor) -> None:
+        self.extras.pop("scores", None)  # the heads' guesses: the value models' own outputs count
         states = self._read_values(tokens)
         if self._pools is not None:
             self._add_to_response(self._scores(states))

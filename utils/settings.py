@@ -11,7 +11,16 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from utils.cli import UsageError, add_common, check_beta, config_from, parse_front, parse_weights
+from utils.cli import (
+    UsageError,
+    add_common,
+    add_graphs_argument,
+    check_beta,
+    check_graphs,
+    config_from,
+    parse_front,
+    parse_weights,
+)
 from utils.config import NORMALIZATIONS, Config, DatasetSpec, nearest
 
 # Decoding of the published versions. Without normalisation v1 clips beta * value; v3 does not, and forbids an empty
@@ -21,7 +30,9 @@ PRESETS = {
     "v3": {"top_k": 40, "normalization": "none", "clip_values": False, "suppress_first_eos": True},
 }
 # What a script lacks that decodes nothing.
-OF_DECODING = ("front", "points", "prompt", "preset", "topk", "suppress_first_eos", "max_new_tokens", "batch_size")
+OF_DECODING = (
+    "front", "points", "prompt", "preset", "topk", "suppress_first_eos", "max_new_tokens", "batch_size", "cuda_graphs",
+)  # fmt: skip
 
 
 def add_evaluation_arguments(parser: ArgumentParser, *, track_kl: bool = True, decodes: bool = True) -> None:
@@ -103,6 +114,7 @@ def _add_decoding(decoding) -> None:
     )
     decoding.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: the data set's)")
     decoding.add_argument("--batch_size", type=int, help="sequences decoded together (default: the configuration's)")
+    add_graphs_argument(decoding)
 
 
 def add_tilt_arguments(parser: ArgumentParser, title: str, *, kl_budget: bool = True) -> None:
@@ -169,6 +181,7 @@ class Settings:
     normalization: str = "minmax"
     clip_values: bool = True
     suppress_first_eos: bool = False
+    cuda_graphs: bool | None = None  # None: as the configuration says, where there is a GPU
 
     @property
     def tilted(self) -> bool:
@@ -203,6 +216,7 @@ def resolve(args: Namespace) -> list[Settings]:
     """
     config = config_from(args)
     spec = config.dataset(args.dataset)
+    check_graphs(args.cuda_graphs, args.device)
     if args.preset is not None and args.preset not in PRESETS:
         raise UsageError(f"--preset {args.preset!r}; {nearest(args.preset, PRESETS)}")
     preset = PRESETS.get(args.preset, {})
@@ -236,6 +250,7 @@ def resolve(args: Namespace) -> list[Settings]:
         normalization=normalization,
         clip_values=clip_values,
         suppress_first_eos=given(args.suppress_first_eos, preset.get("suppress_first_eos", False)),
+        cuda_graphs=args.cuda_graphs,
     )
     if common.split not in spec.splits:
         raise UsageError(f"--data_split {common.split!r} of {spec.name}; {nearest(common.split, spec.splits)}")
