@@ -30,8 +30,6 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.cuda_graphs:
-        raise UsageError("--cuda_graphs is for sampling: a beam search's rows change at every step; leave it out")
     points = resolve(args)
     if args.Q == 1:
         raise UsageError("--Q 1 is plain sampling: use mavis.py")

@@ -181,7 +181,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(fails, script, ar
         (mavis, (*MAVIS, "--temperature", 0), "--temperature must be a finite number above 0"),
         (mavis, (*MAVIS, "--temperature", "nan"), "--temperature must be a finite number above 0"),
         (mavis_bs, (*MAVIS, "--Q", 0), "--Q must be at least 1"),
-        (mavis_bs, (*MAVIS, "--Q", 2, "--cuda_graphs"), "--cuda_graphs is for sampling"),
+        (mavis_bs, (*MAVIS, "--Q", 2, "--cuda_graphs"), "--cuda_graphs needs an NVIDIA GPU"),
         (mavis_bs, (*MAVIS, "--Q", 2, "--num_samples", 0), "--num_samples must be at least 1"),
         (baseline_eval, (*STEER, "--num_samples", 0), "--num_samples must be at least 1"),
         (get_data_base, (-1, 2), "START must be at least 0 and NUM at least 1, got -1 2"),

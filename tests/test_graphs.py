@@ -13,7 +13,7 @@ from tests.test_candidates import random_head
 from tests.test_decoding import EOS, make_prompts
 from utils import decoding
 from utils.cli import DataError, UsageError
-from utils.decoding import decode
+from utils.decoding import beam_search, decode
 from utils.graphs import StepGraphs, graphs_for
 from utils.growth import TreeShape, grow_trees
 from utils.policies import (
@@ -203,6 +203,25 @@ def test_trees_grow_the_same_with_recorded_steps():
     assert len(recorder.replays) > 10
 
 
+@pytest.mark.parametrize("kind", ["mavis", "candidates", "token_table"])
+def test_recorded_steps_search_the_same_with_beams(kind, monkeypatch):
+    """Prompts end at different times; on a CPU the host looks at each step, elsewhere rarely."""
+    prompts, keys = make_prompts(5, seed=4), [(1, i) for i in range(5)]
+    how = dict(keys=keys, num_beams=2, num_samples=3, num_return=4, max_new_tokens=14, batch_size=6)
+    how["eos_token_id"] = list(range(3, VOCAB, 2))
+    expected = beam_search(getattr(Maker(), kind)(), prompts, **how)
+    assert min(max(len(c.token_ids) for c in found) for found in expected) < 8  # a prompt ended early
+    for look_every in (1, 5):
+        monkeypatch.setattr(decoding, "steps_between_looks", lambda device, n=look_every: n)
+        policy, recorder = recorded(getattr(Maker(), kind)())
+        for found in (beam_search(policy, prompts, **how), beam_search(getattr(Maker(), kind)(), prompts, **how)):
+            for ours, theirs in zip(found, expected, strict=True):
+                assert [(c.token_ids, c.finished) for c in ours] == [(c.token_ids, c.finished) for c in theirs]
+                for a, b in zip(ours, theirs, strict=True):
+                    assert (a.value, a.log_ratio) == pytest.approx((b.value, b.log_ratio), abs=1e-8)
+        assert len(recorder.replays) > 5
+
+
 def test_another_text_in_a_place_is_not_what_was_recorded():
     """Recordings are kept over calls with other prompts, other ends of a text, other numbers of rows."""
     policy, recorder = recorded(Maker().mavis())
@@ -257,6 +276,11 @@ def test_cuda_graphs_decode_the_same(kind):
     policy.graphs = graphs_for(policy.device, True, False)
     for _ in range(2):
         same(decode(policy, prompts, **how), expected, tolerance=1e-6)
+    if hasattr(policy, "beta"):
+        how = dict(keys=keys, num_beams=3, num_return=3, max_new_tokens=24, eos_token_id=9, batch_size=12)
+        search = beam_search(getattr(Maker(device="cuda"), kind)(), prompts, **how)
+        for ours, theirs in zip(beam_search(policy, prompts, **how), search, strict=True):
+            assert [(c.token_ids, c.finished) for c in ours] == [(c.token_ids, c.finished) for c in theirs]
 
 
 def test_a_policy_and_its_recordings_go_together():

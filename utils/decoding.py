@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from utils import tilting
 from utils.cli import DataError
+from utils.graphs import Place
 from utils.policies import Snapshot, Step, _Policy
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill at most
@@ -387,23 +389,126 @@ def decode(
 # ---------------------------------------------------------------------------------------------------------- beam search
 
 
-@dataclass
-class _Beam:
-    """One continuation of a prompt: its tokens, the sums over its steps, and the value of its last token."""
-
-    tokens: list[int]
-    log_prob: float = 0.0
-    reference_log_prob: float = 0.0
-    value: float = float("-inf")
-
-    def completion(self, finished: bool) -> Completion:
-        log_ratio = self.log_prob - self.reference_log_prob
-        return Completion(self.tokens, log_ratio, finished, self.log_prob, self.reference_log_prob, value=self.value)
-
-
 def beam_key(key: tuple[int, ...], beam: int, draw: int) -> tuple[int, ...]:
     """The randomness of a beam's draw; the first of the first is the plain decoder's."""
     return tuple(key) if beam == draw == 0 else (*key, beam, draw)
+
+
+class _Beams:
+    """The beams of P prompts, and the best texts that have ended, on the policy's device.
+
+    (P, Q) tensors of each beam, tokens (P, Q, T); (P, N) tensors of the ended texts, their tokens (P, N, T), best
+    first, -inf where there is none yet. A prompt starts as its first beam alone.
+    """
+
+    def __init__(self, keys, num_beams: int, num_samples: int, num_return: int, max_new_tokens: int, policy: _Policy):
+        device, p = policy.device, len(keys)
+        self.num_beams, self.num_samples = num_beams, num_samples
+        self.num_return, self.max_new_tokens = num_return, max_new_tokens
+        folded = [
+            [[tilting.fold_key(beam_key(key, b, d)) for d in range(num_samples)] for b in range(num_beams)]
+            for key in keys
+        ]
+        alive = torch.zeros(p, num_beams, dtype=torch.bool, device=device)
+        alive[:, 0] = True
+        self._time = {"step": torch.zeros(1, dtype=torch.int64, device=device)}
+        self._beams = {"alive": alive, **self._texts(p, num_beams, device)}
+        self._ended = self._texts(p, num_return, device)
+        self._ended["length"] = torch.zeros(p, num_return, dtype=torch.int64, device=device)
+        self._prompts = {
+            "key": torch.tensor(folded, dtype=torch.int64, device=device),
+            "unsound": torch.zeros(p, 1 + len(policy.objectives), dtype=torch.bool, device=device),
+        }
+
+    def _texts(self, prompts: int, texts: int, device: torch.device) -> dict[str, Tensor]:
+        def full(value):
+            return torch.full((prompts, texts), value, dtype=torch.float64, device=device)
+
+        tokens = torch.zeros(prompts, texts, self.max_new_tokens, dtype=torch.int64, device=device)
+        return {"tokens": tokens, "value": full(-math.inf), "log_prob": full(0.0), "reference_log_prob": full(0.0)}
+
+    @property
+    def alive(self) -> Tensor:
+        return self._beams["alive"]
+
+    @property
+    def unsound(self) -> Tensor:
+        """(P, 1 + M), see `_Policy.distribution`."""
+        return self._prompts["unsound"]
+
+    def places(self) -> dict[str, Place]:
+        """Where the tensors are kept that a step reads and changes."""
+        parts = {"time": self._time, "beam": self._beams, "ended": self._ended, "prompt": self._prompts}
+        return {f"{what}'s {name}": (part, name) for what, part in parts.items() for name in part}
+
+    def choose(self, step: Step, combined: Tensor, unsound: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
+        """Every beam draws its tokens; the best that go on are the next beams, and the best that ended are kept.
+
+        Returns:
+            of each next beam, the row (P * Q,) that it continues and the candidate (P * Q,) that it takes there.
+        """
+        key, beams, now = self._prompts["key"], self._beams, self._time["step"]
+        p, q, s = key.shape
+        choice = tilting.sample(step.p_tilt.repeat_interleave(s, 0), tilting.uniforms(key.flatten(), now)).view(-1, s)
+        token, value, log_p, log_q = (
+            x.gather(1, choice).view(p, q * s)
+            for x in (step.token_ids, combined.double(), step.p_tilt.double().log(), step.p_ref.double().log())
+        )
+        drawn = {name: x.repeat_interleave(s, 1) for name, x in beams.items()}
+        drawn["tokens"].scatter_(2, now.expand(p, q * s, 1), token.unsqueeze(2))
+        drawn |= {
+            "value": value,
+            "log_prob": drawn["log_prob"] + log_p,
+            "reference_log_prob": drawn["reference_log_prob"] + log_q,
+        }
+        alive = drawn.pop("alive")
+        ended = alive & (token.unsqueeze(2) == eos).any(2)
+        self._prompts["unsound"] = self.unsound | (unsound.view(p, q, -1) & beams["alive"].unsqueeze(2)).any(1)
+
+        new = drawn | {"value": value.where(ended, -math.inf), "length": torch.where(ended, now + 1, 0)}
+        both = {name: torch.cat([x, new[name]], dim=1) for name, x in self._ended.items()}
+        best = both["value"].sort(dim=1, descending=True, stable=True).indices[:, : self.num_return]
+        self._ended.update({name: _pick(x, best) for name, x in both.items()})
+
+        going = alive & ~ended
+        ranked = value.where(going, -math.inf).sort(dim=1, descending=True, stable=True).indices
+        left = going.sum(1, keepdim=True)
+        # Where fewer are left than there are beams, they are repeated from the best on.
+        chosen = ranked.gather(1, torch.arange(q, device=left.device) % left.clamp(min=1))
+        beams.update({name: _pick(x, chosen) for name, x in drawn.items()}, alive=(left > 0).expand(p, q))
+        self._time["step"] = now + 1
+        rows = chosen // s + q * torch.arange(p, device=left.device).unsqueeze(1)
+        return rows.flatten(), choice.view(p, q * s).gather(1, chosen).flatten()
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these prompts alone."""
+        index = torch.as_tensor(places, device=self.alive.device)
+        for part in (self._beams, self._ended, self._prompts):
+            part.update({name: x[index] for name, x in part.items()})
+
+    def best(self, places: Sequence[int]) -> list[list[Completion]]:
+        """The best texts of these prompts by value, best first; of equals, those that have ended come first."""
+        index = torch.as_tensor(places, dtype=torch.int64, device=self.alive.device)
+        ended, going = ({name: x[index].tolist() for name, x in part.items()} for part in (self._ended, self._beams))
+        steps = int(self._time["step"])
+
+        def text(of: dict, i: int, n: int, length: int, finished: bool) -> Completion:
+            log_prob, reference_log_prob = of["log_prob"][i][n], of["reference_log_prob"][i][n]
+            tokens, log_ratio = of["tokens"][i][n][:length], log_prob - reference_log_prob
+            return Completion(tokens, log_ratio, finished, log_prob, reference_log_prob, value=of["value"][i][n])
+
+        found = []
+        for i in range(len(places)):
+            lengths = ended["length"][i]  # 0: none has ended
+            texts = [text(ended, i, n, length, True) for n, length in enumerate(lengths) if length]
+            texts += [text(going, i, b, steps, False) for b, alive in enumerate(going["alive"][i]) if alive]
+            found.append(sorted(texts, key=lambda c: -c.value)[: self.num_return])  # stable: of equals, the earlier
+        return found
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Of texts (P, C, ...), those of an index (P, D)."""
+    return x.gather(1, index.view(*index.shape, *(1,) * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
 
 
 @torch.inference_mode()
@@ -443,84 +548,75 @@ def beam_search(
         raise ValueError(f"{len(prompts)} prompts but {len(keys)} keys")
     check_prompts(prompts, max_new_tokens, policy.context)
     eos = _eos_tensor(eos_token_id, policy.device)
-    ends, forbidden = set(eos.tolist()), eos if suppress_first_eos else None
     at_once = max(1, batch_size // num_beams)
     results: list[list[Completion]] = []
     for first in range(0, len(prompts), at_once):
-        group = list(prompts[first : first + at_once])
-        of_group = keys[first : first + at_once]
-        found = _search(policy, group, of_group, num_beams, num_samples, max_new_tokens, ends, forbidden)
-        for completions in found:
-            best = sorted(completions, key=lambda c: -c.value)[:num_return]  # stable: of equals, the earlier
-            results.append(best)
-            if on_completion is not None:
-                on_completion(sum(len(c.token_ids) for c in best))
+        group, of_group = prompts[first : first + at_once], keys[first : first + at_once]
+        beams = _Beams(of_group, num_beams, num_samples, num_return, max_new_tokens, policy)
+        found = _search(policy, group, of_group, beams, eos, eos if suppress_first_eos else None)
+        results += found
+        if on_completion is not None:
+            for completions in found:
+                on_completion(sum(len(c.token_ids) for c in completions))
     return results
 
 
 def _search(
-    policy,
-    prompts,
-    keys,
-    num_beams: int,
-    num_samples: int,
-    max_new_tokens: int,
-    eos: set[int],
-    forbidden: Tensor | None,
+    policy: _Policy, prompts, keys, beams: _Beams, eos: Tensor, forbidden: Tensor | None
 ) -> list[list[Completion]]:
-    """The search of a group of prompts that share a batch: all their completions, in no order."""
-    policy.open(len(prompts))
-    policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts], forbidden=forbidden))
-    done: list[list[Completion]] = [[] for _ in prompts]
-    beams: list[list[_Beam]] = [[_Beam([])] for _ in prompts]
-    device = policy.device
-    for t in range(max_new_tokens):
-        rows = [(p, b) for p, of_prompt in enumerate(beams) for b in range(len(of_prompt))]
-        step = policy.distribution()
-        unsound = policy.unsound.tolist()
-        for (p, _), row in zip(rows, unsound, strict=True):
-            if any(row):
-                which = _prompt_of(keys[p], p)
-                raise DataError(
-                    f"prompt {which}: {policy.complaint(row)} at its token {t + 1}; nothing more is decoded"
-                )
-        folded = [[tilting.fold_key(beam_key(keys[p], b, d)) for d in range(num_samples)] for p, b in rows]
-        uniform = tilting.uniforms(torch.tensor(folded, device=device).T.reshape(-1), torch.tensor(t, device=device))
-        choice = tilting.sample(step.p_tilt.repeat(num_samples, 1), uniform).view(num_samples, -1).T  # (rows, samples)
-        drawn = [
-            x.gather(1, choice)
-            for x in (step.token_ids, policy.combined, step.p_tilt.double().log(), step.p_ref.double().log())
-        ]
-        choices, (tokens, values, log_p, log_q) = choice.tolist(), (x.tolist() for x in drawn)
+    """The search of a group of prompts that share a batch: the best texts of each."""
+    snapshots = policy.prefill([list(p) for p in prompts], forbidden=forbidden)
+    policy.open(len(prompts) * beams.num_beams)
+    policy.load(range(policy.rows), [s for s in snapshots for _ in range(beams.num_beams)])
+    found: list[list[Completion]] = [[] for _ in prompts]
+    searched = list(range(len(prompts)))  # the prompts of the beams
+    look_every = steps_between_looks(policy.device)
+    for t in range(beams.max_new_tokens):
+        last, moves, like = t + 1 == beams.max_new_tokens, None, range(policy.rows)
+        if policy.graphs is not None:
+            _recorded_beam_step(policy, beams, eos)
+        else:
+            moves = beams.choose(policy.distribution(), policy.combined, policy.unsound, eos)
+        if last or (t + 1) % look_every == 0:
+            goes_on, unsound = torch.stack([beams.alive.any(1), beams.unsound.any(1)]).tolist()
+            if any(unsound):
+                place = unsound.index(True)
+                complaint = policy.complaint(beams.unsound[place].tolist())
+                which = _prompt_of(keys[searched[place]], searched[place])
+                raise DataError(f"prompt {which}: {complaint} within its first {t + 1} tokens; nothing more is decoded")
+            ended = [place for place, goes in enumerate(goes_on) if last or not goes]
+            for place, texts in zip(ended, beams.best(ended), strict=True):
+                found[searched[place]] = texts
+            if len(ended) == len(searched):
+                break
+            if ended:
+                kept = [place for place in range(len(searched)) if place not in ended]
+                searched = [searched[place] for place in kept]
+                beams.keep(kept)
+                like = [place * beams.num_beams + b for place in kept for b in range(beams.num_beams)]
+                if moves is None:
+                    policy.take(like, len(like))
+                else:
+                    moves = [x.view(-1, beams.num_beams)[kept].flatten() for x in moves]
+        if moves is not None:
+            rows, choice = moves
+            policy.fork(rows, like)
+            policy.advance(choice)
+    return found
 
-        offspring: list[list[tuple[_Beam, int, int]]] = [[] for _ in prompts]  # (beam, row, candidate)
-        for row, (p, b) in enumerate(rows):
-            old = beams[p][b]
-            for d in range(num_samples):
-                new = _Beam(
-                    [*old.tokens, tokens[row][d]],
-                    old.log_prob + log_p[row][d],
-                    old.reference_log_prob + log_q[row][d],
-                    values[row][d],
-                )
-                offspring[p].append((new, row, choices[row][d]))
-        keep_rows, keep_choices = [], []
-        for p, continuations in enumerate(offspring):
-            ranked = sorted(continuations, key=lambda c: -c[0].value)
-            done[p] += [beam.completion(True) for beam, _, _ in ranked if beam.tokens[-1] in eos]
-            going = [c for c in ranked if c[0].tokens[-1] not in eos]
-            chosen = [going[i % len(going)] for i in range(num_beams)] if going else []
-            beams[p] = [beam for beam, _, _ in chosen]
-            keep_rows += [row for _, row, _ in chosen]
-            keep_choices += [candidate for _, _, candidate in chosen]
-        if not keep_rows or t + 1 == max_new_tokens:
-            break
-        if keep_rows != list(range(policy.rows)):
-            policy.take(keep_rows, len(keep_rows))
-        policy.advance(torch.tensor(keep_choices, device=device))
-    for p, of_prompt in enumerate(beams):
-        done[p] += [beam.completion(False) for beam in of_prompt]
-    return done
+
+def _recorded_beam_step(policy: _Policy, beams: _Beams, eos: Tensor) -> None:
+    """A whole step of a search, the models' reading of the chosen tokens included, as a graph of the policy's."""
+    policy.make_room(GRAPH_COLUMNS)
+    shared = {"eos": eos}
+
+    def step() -> None:
+        rows, choice = beams.choose(policy.distribution(), policy.combined, policy.unsound, shared["eos"])
+        policy.fork(rows, range(policy.rows))
+        policy.take_candidates(choice)
+
+    policy.graphs.run(policy.places() | beams.places() | {"eos": (shared, "eos")}, step)
+    policy.count_step()
 
 
 @torch.inference_mode()

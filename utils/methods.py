@@ -254,8 +254,8 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     from utils.data import encode_prompts
     from utils.graphs import graphs_for
 
-    samples = method.decodes and method.generator is None
-    graphs = graphs_for(models.device, settings.cuda_graphs, settings.config.decoding.cuda_graphs and samples)
+    by_default = settings.config.decoding.cuda_graphs and method.decodes
+    graphs = graphs_for(models.device, settings.cuda_graphs, by_default)
     policy, tokenizer = method.build(settings, models), models.tokenizer
     if graphs is not None:
         policy.graphs = graphs

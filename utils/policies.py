@@ -198,7 +198,8 @@ class _Policy:
         """The states of rows, to be loaded again: how a text is forked."""
         snapshots = []
         for row in rows:
-            columns = self.layout.valid[row, : self.layout.width].nonzero().squeeze(-1)
+            width, length = self.layout.width, self.layout.lengths[row]  # the host knows how many, so nothing waits
+            columns = self.layout.valid[row, :width].int().argsort(stable=True)[width - length :]
             kv = [None if c.store is None else c.store[:, :, row].index_select(3, columns) for c in self.caches]
             extras = {name: tensor[row].clone() for name, tensor in self.extras.items()}
             p_ref, token_ids = self.p_ref[row].clone(), self.token_ids[row].clone()
@@ -216,11 +217,19 @@ class _Policy:
     @torch.inference_mode()
     def take(self, rows: Sequence[int], total: int) -> None:
         """Keep these rows, in that order (repeats fork), with empty ones behind up to `total`."""
-        layout, empty = self.layout, total - len(rows)
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        self._rearrange(index, rows, total - len(rows))
+
+    @torch.inference_mode()
+    def fork(self, rows: Tensor, like: Sequence[int]) -> None:
+        """Row i goes on from row rows[i], a number that the device knows; like[i] is a row of the same length."""
+        self._rearrange(rows, like, 0)
+
+    def _rearrange(self, index: Tensor, like: Sequence[int], empty: int) -> None:
+        layout = self.layout
         layout.valid = nn.functional.pad(layout.valid[index], (0, 0, 0, empty))
         layout.length = nn.functional.pad(layout.length[index], (0, empty))
-        layout.lengths = [layout.lengths[r] for r in rows] + [0] * empty
+        layout.lengths = [layout.lengths[r] for r in like] + [0] * empty
         for cache in self.caches:
             cache.take_rows(index, empty)
         if self.p_ref is not None:
