@@ -48,6 +48,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--random_weights", action="store_true", help="models of the configuration's shapes with random weights"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="norms and MLPs compiled by torch.compile, for all methods alike"
+    )
     add_decoding_arguments(parser, max_new_tokens=32)
     return parser
 
@@ -76,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         reference, tokenizer = load_reference(config, dataset, device)
         values = load_values(config, dataset, args.value_model_dir, tokenizer, vocabulary_size(reference), device)
+    if args.compile:
+        for model in (reference, *values):
+            compile_small_layers(model)
     rows, rate = [], bandwidth(device)
     for batch_size in args.batch_size:
         rows += measure(reference, values, batch_size, args, device, rate)
@@ -107,6 +113,13 @@ def random_models(config, device) -> tuple:
         for n in range(3)
     ]
     return reference, values
+
+
+def compile_small_layers(model) -> None:
+    """Have torch.compile fuse what lies between a model's matrices and needs no cache; like layers share the code."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("mlp", "input_layernorm", "post_attention_layernorm", "norm"):
+            module.compile()
 
 
 def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device) -> list:

@@ -25,6 +25,7 @@ DECODING = {
     "decode_smollm_pooled_cpu.json": "three objectives on one backbone (the small world's value models)",
     "decode_smollm_cpu.json": "each objective a model of its own, 8 layers (published value models)",
     GPU: "the paper's shapes with random weights, on a GPU",
+    "decode_paper_gpu_compiled.json": "the same, norms and MLPs compiled by torch.compile",
 }
 
 INTRODUCTION = """# Speed
