@@ -17,6 +17,11 @@ def tiny_world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rival_world(tiny_world, tmp_path_factory):
+    """A world of `small_runs` in which every stage is on the CPU."""
+    return small_runs(tiny_world, tmp_path_factory.mktemp("rivals"), device="cpu")
+
+
+def small_runs(tiny_world, folder, device):
     """The tiny world with prompts, small training runs, and rewards that need no model: its configuration, workspace
     and the arguments of every script."""
     import json
@@ -28,7 +33,6 @@ def rival_world(tiny_world, tmp_path_factory):
     import dataset_preprocess
     from utils.config import REPOSITORY, load_config
 
-    folder = tmp_path_factory.mktemp("rivals")
     shutil.copytree(tiny_world, folder / "ws")
     data = json.loads(json.dumps(yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())))
     data["workspace"] = str(folder / "ws")
@@ -41,7 +45,7 @@ def rival_world(tiny_world, tmp_path_factory):
         spec["arm"] |= {"batch_size": 8, "num_prompts": 12, "num_epochs": 1}
     file = folder / "world.yaml"
     file.write_text(yaml.safe_dump(data))
-    common = ["--config", str(file), "--device", "cpu"]
+    common = ["--config", str(file), "--device", device]
     for split in ("train", "test"):
         assert dataset_preprocess.main(["anthropic", "--split", split, *common]) == 0
     return SimpleNamespace(config=load_config(file), ws=folder / "ws", common=common, folder=folder)

@@ -407,14 +407,16 @@ def _load_adapter(
 ) -> PeftModel:
     """A PEFT adapter on its base, or one more on a base that has some; what does not fit it to the last tensor ends in
     one line."""
+    # Read on the CPU: by itself PEFT reads them on the first GPU, whichever device was asked for.
+    how = {"adapter_name": name, "is_trainable": is_trainable, "torch_device": "cpu"}
     try:
         with warnings.catch_warnings():  # PEFT only warns where tensors are missing; the comparison below refuses
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             if isinstance(base, PeftModel):
                 model = base
-                model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
+                model.load_adapter(str(folder), **how)
             else:
-                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=is_trainable)
+                model = PeftModel.from_pretrained(base, str(folder), **how)
         with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
             stored = {key for key in file.keys() if "lora_" in key or "score" in key}  # noqa: SIM118
         needed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
