@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh                    into benchmarks/results, then docs/speed.md by benchmarks/speed_page.py
 #   RESULTS=/some/folder bash benchmarks/gpu.sh --batch_size 1 --max_new_tokens 64
 #
-# It uses the python in PATH with torch, transformers, peft and pytest; needs 40 GB of GPU memory at the paper's shapes.
+# It uses the python in PATH with torch, transformers, peft and pytest; needs 60 GB of GPU memory at the paper's shapes.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

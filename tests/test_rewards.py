@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.pretend_gpu import pretended_gpu
 from utils import pooled_reward, reward_training
 from utils import rewards as rewards_module
 from utils.batching import length_batches
@@ -404,6 +405,30 @@ def test_pooled_rewards_share_one_forward_pass_and_equal_one_text_at_a_time(trai
             if response:
                 expected = naive_feature(pool.trunk, pool.tokenizer, before, response) @ head.weight + head.bias
             assert got[name][i] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "pooled"])
+def test_rewards_on_a_pretended_gpu_are_those_of_a_cpu(name, trained, tmp_path):
+    """No tensor is left on the wrong side; the reward models of this file's other tests."""
+    config, names = trained[0], ["help", "humor"]
+    if name != "pooled":
+        save, entry = CLASSIFIERS[name]
+        save(tmp_path / "model")
+        config = load_config(write_config(tmp_path, {"help": {"kind": "classifier", "path": "model", **entry}}))
+        names = ["help"]
+    prompts, responses = [PROMPTS[i % 5] for i in range(9)], [RESPONSES[i % 7] for i in range(9)]
+    expected = RewardSet(config, config.dataset("talk"), names, device="cpu").score(prompts, responses)
+    with pretended_gpu():
+        got = RewardSet(config, config.dataset("talk"), names, device="cuda:0").score(prompts, responses)
+    for objective, values in expected.items():
+        np.testing.assert_allclose(got[objective], values, atol=1e-5)
+
+
+def test_a_linear_head_is_trained_on_a_pretended_gpu(base, trained):
+    path = write_config(base, {"help": pooled("help") | {"path": "reward_models/there"}})
+    with pretended_gpu():
+        assert train_reward_model.main(["--config", str(path), "--objective", "help", "--device", "cuda:0"]) == 0
+    assert reward_training.read_metrics(base / "reward_models/there")["accuracy"] == trained[1]["help"]["accuracy"]
 
 
 def test_autocast_is_close_to_float32(trained):

@@ -115,7 +115,9 @@ class Layout:
 def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     """A tensor cut or filled up with zeros at the end of one dimension."""
     more = size - tensor.shape[dim]
-    if more <= 0:
+    if more == 0:
+        return tensor  # itself: another view of it would have to be copied before each recorded step
+    if more < 0:
         return tensor.narrow(dim, 0, size)
     return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, more))
 

@@ -172,6 +172,7 @@ def run_jobs(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = policy.device
     eos = _eos_tensor(eos_token_id, device)
+    ends = {"eos": eos}  # for recorded steps: a place of its own
     forbidden = eos if suppress_first_eos else None
     sync_every = sync_every or steps_between_looks(device)
     jobs: list[Job | None] = []
@@ -182,7 +183,7 @@ def run_jobs(
 
     while queue or any(j is not None for j in jobs):
         active = [r for r, j in enumerate(jobs) if j is not None]
-        wanted = min(batch_size, len(active) + len(queue))
+        wanted = _number_of_rows(len(active) + len(queue), batch_size, policy)
         if rows is None:
             policy.open(wanted)
             rows = _Rows(wanted, max(j.budget for j in queue), device, 1 + len(policy.objectives))
@@ -206,7 +207,7 @@ def run_jobs(
 
         choice = None
         if policy.graphs is not None and not trace:
-            _recorded_step(policy, rows, eos)
+            _recorded_step(policy, rows, ends)
         else:
             step = policy.distribution()
             choice = rows.record(step, eos, policy.unsound)
@@ -229,17 +230,21 @@ def run_jobs(
             yield from _finish(policy, rows, jobs, traces, ended)
 
 
-def _recorded_step(policy: _Policy, rows: _Rows, eos: Tensor) -> None:
+def _number_of_rows(needed: int, batch_size: int, policy: _Policy) -> int:
+    """Rows for that many jobs; where each number of rows is recorded anew, a power of two below the batch's size."""
+    return min(batch_size, needed if policy.graphs is None else 1 << (needed - 1).bit_length())
+
+
+def _recorded_step(policy: _Policy, rows: _Rows, ends: dict[str, Tensor]) -> None:
     """A whole step, the models' reading of the chosen tokens included, as a graph of the policy's."""
     policy.make_room(GRAPH_COLUMNS)
-    shared = {"eos": eos}
 
     def step() -> None:
-        choice = rows.record(policy.distribution(), shared["eos"], policy.unsound)
+        choice = rows.record(policy.distribution(), ends["eos"], policy.unsound)
         policy.take_candidates(choice)
 
     of_rows = {f"row's {name}": (vars(rows), name) for name in vars(rows)}
-    policy.graphs.run(policy.places() | of_rows | {"eos": (shared, "eos")}, step)
+    policy.graphs.run(policy.places() | of_rows | {"eos": (ends, "eos")}, step)
     policy.count_step()
 
 
@@ -570,11 +575,11 @@ def _search(
     policy.load(range(policy.rows), [s for s in snapshots for _ in range(beams.num_beams)])
     found: list[list[Completion]] = [[] for _ in prompts]
     searched = list(range(len(prompts)))  # the prompts of the beams
-    look_every = steps_between_looks(policy.device)
+    look_every, ends = steps_between_looks(policy.device), {"eos": eos}
     for t in range(beams.max_new_tokens):
         last, moves, like = t + 1 == beams.max_new_tokens, None, range(policy.rows)
         if policy.graphs is not None:
-            _recorded_beam_step(policy, beams, eos)
+            _recorded_beam_step(policy, beams, ends)
         else:
             moves = beams.choose(policy.distribution(), policy.combined, policy.unsound, eos)
         if last or (t + 1) % look_every == 0:
@@ -605,17 +610,16 @@ def _search(
     return found
 
 
-def _recorded_beam_step(policy: _Policy, beams: _Beams, eos: Tensor) -> None:
+def _recorded_beam_step(policy: _Policy, beams: _Beams, ends: dict[str, Tensor]) -> None:
     """A whole step of a search, the models' reading of the chosen tokens included, as a graph of the policy's."""
     policy.make_room(GRAPH_COLUMNS)
-    shared = {"eos": eos}
 
     def step() -> None:
-        rows, choice = beams.choose(policy.distribution(), policy.combined, policy.unsound, shared["eos"])
+        rows, choice = beams.choose(policy.distribution(), policy.combined, policy.unsound, ends["eos"])
         policy.fork(rows, range(policy.rows))
         policy.take_candidates(choice)
 
-    policy.graphs.run(policy.places() | beams.places() | {"eos": (shared, "eos")}, step)
+    policy.graphs.run(policy.places() | beams.places() | {"eos": (ends, "eos")}, step)
     policy.count_step()
 
 

@@ -9,6 +9,7 @@ a step put in their place (a row's new text, rows that were dropped) is copied t
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -22,18 +23,29 @@ Replay = Callable[[], None]
 
 
 class CudaRecorder:
-    """Records what is launched on a CUDA device; the recordings of one recorder share their scratch memory."""
+    """Records what is launched on a CUDA device; the recordings of one recorder share their scratch memory.
+
+    cuBLAS keeps a workspace for each stream that it was used on. One that was made within a recording lies in the
+    recordings' memory, and another recorder's, on the same stream, would go on using it when that memory is gone. So
+    each recorder has a stream of its own, and workspaces are dropped before and after a recording.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.pool = device, None
+        self.device = device
+        self._stream = self._pool = None
+        self._graphs: weakref.WeakSet = weakref.WeakSet()  # a pool ends with its last graph
 
     def __call__(self, step: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.pool):
+            self._stream = self._stream or torch.cuda.Stream()
+            if not self._graphs:
+                self._pool = torch.cuda.graph_pool_handle()
+            torch._C._cuda_clearCublasWorkspaces()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
+            torch._C._cuda_clearCublasWorkspaces()
+        self._graphs.add(graph)
         return graph.replay
 
 
@@ -53,7 +65,8 @@ class StepGraphs:
 
     With new shapes, the first step is launched as always, which also makes what the libraries make at a first use; the
     second is recorded. A recording does what the step did when it was recorded: nothing of a step may depend on a
-    number of the host's but the shapes.
+    number of the host's that changes, but for the shapes. A policy's beta, weights and temperature are in its
+    recordings; another beta is another policy.
 
     Args:
         record: runs a step without effect and returns what repeats its effect, see `CudaRecorder`.
@@ -88,8 +101,10 @@ class StepGraphs:
         if self._recorded[shapes] is None:
             try:
                 self._recorded[shapes] = self._record(into_buffers)
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch says first what came of it, and what it came from in the context
+                reason = str(error.__context__ or error).strip().partition("\n")[0]
                 raise DataError(
                     f"a step of these models cannot be recorded as a CUDA graph ({reason}); leave --cuda_graphs out"
                 ) from error
