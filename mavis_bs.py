@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"--{flag} must be at least 1, got {value}")
 
     def generator(settings, policy, eos_token_id):
-        from utils.decoding import beam_search
+        from utils.beams import beam_search
 
         def generate(prompts, keys, on_completion=None):
             return beam_search(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.toy_world import answers, run_folders, status
 from utils.answers import evaluate, pick
-from utils.decoding import Completion
+from utils.completions import Completion
 from utils.runs import RunSpec, open_run, read_arguments, read_samples
 
 # ------------------------------------------------------------------------------------------------------- the real thing
@@ -109,10 +109,10 @@ def test_a_token_table_steers_towards_its_tokens_alone_and_as_best_of_n(script):
 
 
 def test_beam_search_reports_the_best_of_its_texts_by_weighted_reward(script, monkeypatch):
-    import utils.decoding as decoding
+    from utils import beams
 
-    found, search = [], decoding.beam_search
-    monkeypatch.setattr(decoding, "beam_search", lambda *a, **kw: found.extend(search(*a, **kw)) or found)
+    found, search = [], beams.beam_search
+    monkeypatch.setattr(beams, "beam_search", lambda *a, **kw: found.extend(search(*a, **kw)) or found)
     arguments = ("--obj_weights", "0.3,0.7", "--beta", 3, "--num_trials", 1)
     assert script("mavis_bs", *arguments, "--Q", 3, "--N", 2, "--num_samples", 2) == 0
     (folder,) = run_folders(script)

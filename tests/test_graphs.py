@@ -13,7 +13,7 @@ from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from tests.test_candidates import random_head
 from tests.test_decoding import EOS, make_prompts
 from tests.test_shared_base import three
-from utils import decoding
+from utils import beams, decoding, policy_base
 from utils.cli import DataError, UsageError
 from utils.decoding import beam_search, decode
 from utils.graphs import StepGraphs, graphs_for
@@ -190,7 +190,7 @@ def same(completions, expected, tolerance=1e-8):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """Short texts come to several widths."""
-    monkeypatch.setattr(decoding, "GRAPH_COLUMNS", 16)
+    monkeypatch.setattr(policy_base, "GRAPH_COLUMNS", 16)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -238,7 +238,7 @@ def test_recorded_steps_search_the_same_with_beams(kind, monkeypatch):
     expected = beam_search(getattr(Maker(), kind)(), prompts, **how)
     assert min(max(len(c.token_ids) for c in found) for found in expected) < 8  # a prompt ended early
     for look_every in (1, 5):
-        monkeypatch.setattr(decoding, "steps_between_looks", lambda device, n=look_every: n)
+        monkeypatch.setattr(beams, "steps_between_looks", lambda device, n=look_every: n)
         policy, recorder = recorded(getattr(Maker(), kind)())
         for found in (beam_search(policy, prompts, **how), beam_search(getattr(Maker(), kind)(), prompts, **how)):
             for ours, theirs in zip(found, expected, strict=True):

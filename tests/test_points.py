@@ -433,11 +433,11 @@ def test_a_switch_reaches_the_policy_and_makes_another_run(script, monkeypatch):
 
 
 def test_beam_search_and_baselines_take_the_switches(script, monkeypatch):
-    import utils.decoding
+    import utils.beams
 
-    seen, search = [], utils.decoding.beam_search
+    seen, search = [], utils.beams.beam_search
     spy = lambda policy, *a, **kw: seen.append((policy.clip, kw["suppress_first_eos"])) or search(policy, *a, **kw)  # noqa: E731
-    monkeypatch.setattr(utils.decoding, "beam_search", spy)
+    monkeypatch.setattr(utils.beams, "beam_search", spy)
     save_tables(script)
     switches = ("--preset", "v3", "--topk", 6, "--num_trials", 1)
     script("mavis_bs", "--obj_weights", "1", "--beta", 2, "--Q", 2, *switches)

@@ -442,7 +442,7 @@ def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
     from tests.models_for_tests import causal_lm
     from utils.answers import pick, sampler
     from utils.collection import rounded
-    from utils.decoding import LOG_RATIO_DECIMALS
+    from utils.completions import LOG_RATIO_DECIMALS
     from utils.growth import TreeShape, grow_trees
     from utils.policies import ReferencePolicy
 

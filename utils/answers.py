@@ -135,7 +135,7 @@ def answer_part(
         score: rewards of all objectives.
         weights: what ranks candidates; may be empty where there is one candidate.
         extra: further scorers of (prompts, responses), logged and never used to choose.
-        work: what each generated token takes (`_Policy.work`), counted for each answer.
+        work: what each generated token takes (`Policy.work`), counted for each answer.
     """
 
     def tick(tokens: int) -> None:
@@ -170,7 +170,7 @@ def pick(
 
     `seconds` is each answer's; the other arguments are those of `answer_part`.
     """
-    from utils.decoding import LOG_RATIO_DECIMALS
+    from utils.completions import LOG_RATIO_DECIMALS
 
     owner = [n for n, group in enumerate(candidates) for _ in group]
     flat = [completion for group in candidates for completion in group]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from utils import tilting
 from utils.cached_models import without_adapter
 from utils.cli import DataError, progress
-from utils.decoding import steps_between_looks
+from utils.completions import steps_between_looks
 from utils.files import same_header, write_atomically
 from utils.policies import MavisPolicy, last_states
 

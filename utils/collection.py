@@ -98,7 +98,7 @@ def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
 
 def rounded(tree: Tree) -> Tree:
     """The tree as it is kept: log-ratios as far as they do not depend on which trees grew beside it."""
-    from utils.decoding import LOG_RATIO_DECIMALS
+    from utils.completions import LOG_RATIO_DECIMALS
 
     return replace(tree, log_ratio=np.round(tree.log_ratio, LOG_RATIO_DECIMALS))
 

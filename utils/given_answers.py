@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli import DataError
+from utils.completions import Completion
 from utils.data import read_rows
-from utils.decoding import Completion, score_texts
+from utils.decoding import score_texts
 from utils.summaries import mean_and_error
 
 FEW = 20  # answers, of which a mean says little

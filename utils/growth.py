@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils import tilting
-from utils.decoding import Completion, Job, Prefix, check_prompts, run_jobs
-from utils.policies import _Policy
+from utils.completions import Completion, check_prompts
+from utils.decoding import Job, Prefix, run_jobs
+from utils.policy_base import Policy
 from utils.trees import Tree
 
 LENGTH_STREAM, TOKEN_STREAM, CUT_STREAM = 1, 2, 3  # keep the randomness of lengths, tokens and cuts apart
@@ -72,7 +73,7 @@ class _Growing:
 
 
 def grow_trees(
-    policy: _Policy,
+    policy: Policy,
     prompts: Mapping[int, Sequence[int]],
     texts: Mapping[int, str],
     shape: TreeShape,

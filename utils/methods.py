@@ -241,7 +241,7 @@ class Loaded:
     generate: Generate
     to_text: Callable[[Sequence[int]], str]
     score: Score
-    work: dict[str, float]  # of a token that comes out, see `_Policy.work`
+    work: dict[str, float]  # of a token that comes out, see `Policy.work`
 
 
 def load(settings: Settings, method: Method, models: Models) -> Loaded:
