@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Decoding on this machine's NVIDIA GPU: is a recorded step the plain one, and how fast is either? Minutes, no checkpoint.
-# The last measurement has torch.compile fuse norms and MLPs.
+# Speed on this machine's NVIDIA GPU, without any checkpoint, in minutes: is a recorded decoding step the plain one, how
+# fast is either, and what does value training take? The last measurement has torch.compile fuse norms and MLPs.
 #
 #   bash benchmarks/gpu.sh                    into benchmarks/results, then docs/speed.md by benchmarks/speed_page.py
 #   RESULTS=/some/folder bash benchmarks/gpu.sh --batch_size 1 --max_new_tokens 64
@@ -14,4 +14,5 @@ python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "
 python3 -m pytest -q tests/test_graphs.py
 decode=(python3 benchmarks/decode.py --random_weights --device cuda)
 "${decode[@]}" --batch_size 1 8 32 --output "$RESULTS/decode_paper_gpu.json" "$@"
+python3 benchmarks/value_training.py --model tinyllama --device cuda --batch_size 32 --output "$RESULTS/value_training_gpu.json"
 "${decode[@]}" --batch_size 1 32 --compile --rounds 2 --output "$RESULTS/decode_paper_gpu_compiled.json" "$@"

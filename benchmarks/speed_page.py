@@ -21,6 +21,7 @@ from utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = "decode_paper_gpu.json"
+TRAINING_GPU = "value_training_gpu.json"
 DECODING = {
     "decode_smollm_pooled_cpu.json": "three objectives on one backbone (the small world's value models)",
     "decode_smollm_cpu.json": "each objective a model of its own, 8 layers (published value models)",
@@ -82,6 +83,8 @@ def page(results: Path) -> str:
     parts.append("## Adapters on one base\n\n" + ADAPTERS_NOTE + "\n" + adapters_table(record) + source(record))
     record = load(results, "value_training_smollm_cpu.json")
     parts.append("## Value training\n\n" + TRAINING_NOTE + "\n" + training_table(record))
+    if (results / TRAINING_GPU).is_file():
+        parts.append("### TinyLlama's shape on a GPU\n\n" + training_table(load(results, TRAINING_GPU)))
     record = load(results, "labelling_smollm_cpu.json")
     parts.append("## Labelling\n\n" + LABELLING_NOTE + "\n" + labelling_table(record["rows"]) + source(record))
     return "\n".join(parts)
