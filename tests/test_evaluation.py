@@ -277,8 +277,15 @@ def answer(token_ids, log_ratio=0.0):
 
 def test_the_best_candidate_is_chosen_within_its_own_answer():
     candidates = [[answer([1]), answer([5])], [answer([9]), answer([2]), answer([3])]]
+    seen = []
+
+    def read(prompts, completions):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            seen.append((prompt, completion.token_ids))
+            completion.log_ratio = 10.0 * prompt[0]
+
     rows = pick(
-        [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, to_text=str,
+        [(0, 0), (7, 1)], candidates, {0: "a", 7: "b"}, {0: [4], 7: [6]}, to_text=str, read=read,
         score=lambda prompts, texts: {
             "value": [float(t[1:-1]) for t in texts], "other": [float(p == "b") for p in prompts]
         },
@@ -289,12 +296,14 @@ def test_the_best_candidate_is_chosen_within_its_own_answer():
     assert [r["rewards"] for r in rows] == [{"value": 5.0, "other": 0.0}, {"value": 9.0, "other": 1.0}]
     assert [r["num_candidates"] for r in rows] == [2, 3] and rows[0]["extra"] == {"judge_value": 3.0}
     assert [r["gflop"] for r in rows] == [1.0, 1.5]  # of two and of three candidates
+    # Of the candidates, the reference reads those alone that are answers.
+    assert seen == [([4], [5]), ([6], [9])] and [r["log_ratio"] for r in rows] == [40.0, 60.0]
 
 
 def test_a_policy_without_a_log_ratio_leaves_it_out():
     (row,) = pick(
-        [(0, 0)], [[answer([1], float("nan"))]], {0: "a"}, to_text=str, score=lambda p, t: {"r": np.zeros(1)},
-        weights={}, seconds=0.0, track_kl=True, extra={}, work={},
+        [(0, 0)], [[answer([1], float("nan"))]], {0: "a"}, {0: [4]}, to_text=str, score=lambda p, t: {"r": np.zeros(1)},
+        weights={}, seconds=0.0, track_kl=True, read=None, extra={}, work={},
     )  # fmt: skip
     assert "log_ratio" not in row and json.dumps(row, allow_nan=False)
 

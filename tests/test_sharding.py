@@ -458,7 +458,8 @@ def test_what_is_kept_of_probabilities_has_the_same_bits_in_any_batch():
         generate = sampler(policy, num_samples=1, max_new_tokens=12, eos_token_id=2, batch_size=batch_size)
         candidates = generate(list(prompts.values()), part)
         nothing = {"to_text": lambda ids: "", "score": lambda asked, texts: {}, "weights": {}, "extra": {}, "work": {}}
-        kept = pick(part, candidates, dict.fromkeys(prompts, ""), seconds=0.0, track_kl=True, **nothing)
+        how = {"seconds": 0.0, "track_kl": True, "read": None} | nothing
+        kept = pick(part, candidates, dict.fromkeys(prompts, ""), prompts, **how)
         return kept, [c[0].log_ratio for c in candidates]
 
     assert trees(1) == trees(17)

@@ -22,6 +22,8 @@ from utils.runs import Run
 Generate = Callable[[Sequence[Sequence[int]], Sequence[tuple[int, ...]], Callable[[int], None] | None], list[list[Any]]]
 # From prompts and responses to N rewards per name.
 Score = Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray]]
+# (prompts as token ids, an answer's completion each): gives completions the reference's log-probability.
+Read = Callable[[Sequence[Sequence[int]], Sequence[Any]], None]
 
 
 def sampler(
@@ -32,7 +34,6 @@ def sampler(
     eos_token_id: int,
     batch_size: int,
     suppress_first_eos: bool = False,
-    reference=None,
 ) -> Generate:
     """Candidates by sampling: the answer's own key for one sample, the key and the sample's number for more."""
     from utils.decoding import decode
@@ -47,7 +48,6 @@ def sampler(
             eos_token_id=eos_token_id,
             batch_size=batch_size,
             suppress_first_eos=suppress_first_eos,
-            reference=reference,
             on_completion=on_completion,
         )
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
@@ -120,6 +120,7 @@ def answer_part(
     weights: Mapping[str, float],
     seed: int,
     track_kl: bool = True,
+    read: Read | None = None,
     extra: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] | None = None,
     work: Mapping[str, float] | None = None,
     bar=None,
@@ -134,6 +135,7 @@ def answer_part(
         to_text: token ids to the response's text.
         score: rewards of all objectives.
         weights: what ranks candidates; may be empty where there is one candidate.
+        read: for candidates whose policy does not know the reference's log-probability; only the answers are read.
         extra: further scorers of (prompts, responses), logged and never used to choose.
         work: what each generated token takes (`Policy.work`), counted for each answer.
     """
@@ -149,20 +151,24 @@ def answer_part(
     # Decoding alone, shared by the answers that were decoded together.
     seconds = generate.seconds(keys) if hasattr(generate, "seconds") else time.perf_counter() - began
     seconds /= len(part)
-    how = {"track_kl": track_kl, "extra": extra or {}, "work": work or {}}
-    return pick(part, candidates, prompts, to_text=to_text, score=score, weights=weights, seconds=seconds, **how)
+    how = {"track_kl": track_kl, "read": read, "extra": extra or {}, "work": work or {}}
+    return pick(
+        part, candidates, prompts, tokens, to_text=to_text, score=score, weights=weights, seconds=seconds, **how
+    )
 
 
 def pick(
     part: Sequence[tuple[int, int]],
     candidates: Sequence[Sequence[Any]],
     prompts: Mapping[int, str],
+    tokens: Mapping[int, Sequence[int]],
     *,
     to_text: Callable[[Sequence[int]], str],
     score: Score,
     weights: Mapping[str, float],
     seconds: float,
     track_kl: bool,
+    read: Read | None,
     extra: Mapping[str, Callable],
     work: Mapping[str, float],
 ) -> list[dict]:
@@ -182,6 +188,8 @@ def pick(
     for group in candidates:
         best.append(first + int(total[first : first + len(group)].argmax()))
         first += len(group)
+    if read is not None:
+        read([tokens[part[owner[b]][0]] for b in best], [flat[b] for b in best])
     others = {name: scorer([asked[b] for b in best], [texts[b] for b in best]) for name, scorer in extra.items()}
     rows = []
     for n, ((index, trial), b) in enumerate(zip(part, best, strict=True)):

@@ -325,11 +325,16 @@ def decode(
         if on_completion is not None:
             on_completion(len(completion.token_ids))
     if reference is not None:
-        scores = score_texts(reference, prompts, [c.token_ids for c in completions], temperature=policy.temperature)
-        for completion, score in zip(completions, scores, strict=True):
-            completion.reference_log_prob = score
-            completion.log_ratio = completion.log_prob - score
+        read_by(reference, prompts, completions, temperature=policy.temperature)
     return completions
+
+
+def read_by(reference, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], *, temperature: float):
+    """Give completions of another policy their log-ratio to the reference, which reads each finished text once."""
+    scores = score_texts(reference, prompts, [c.token_ids for c in completions], temperature=temperature)
+    for completion, score in zip(completions, scores, strict=True):
+        completion.reference_log_prob = score
+        completion.log_ratio = completion.log_prob - score
 
 
 @torch.inference_mode()

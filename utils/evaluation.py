@@ -123,6 +123,7 @@ def evaluate_run(run: Run, settings: Settings, method: Method, prompts: Mapping[
         generate=loaded.generate,
         to_text=loaded.to_text,
         score=loaded.score,
+        read=loaded.read,
         weights=settings.weights,
         num_trials=settings.num_trials,
         seed=settings.seed,
@@ -243,7 +244,8 @@ def answer_texts(points: Sequence[Settings], methods: Sequence[Method]) -> None:
         encoded = loaded.encode(prompts)
         candidates = loaded.generate([encoded[i] for i, _ in part], keys, None)
         how = {"weights": settings.weights, "track_kl": settings.track_kl, "seconds": 0.0, "extra": {}, "work": {}}
-        rows.append(pick(part, candidates, prompts, to_text=loaded.to_text, score=loaded.score, **how))
+        how |= {"to_text": loaded.to_text, "score": loaded.score, "read": loaded.read}
+        rows.append(pick(part, candidates, prompts, encoded, **how))
     several = len(points) > 1  # then what they share comes first, and each answer says its point
     shared = [f"{k} {v}" for k, v in methods[0].series.items() if not several or k != "beta"]
     own = [] if several else [describe_weights(first.weights) or "no weights"]

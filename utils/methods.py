@@ -6,13 +6,14 @@ A script says which `Method` a point is: which policy is built, from which check
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.answers import Generate, Remembered, Score, sampler
+from utils.answers import Generate, Read, Remembered, Score, sampler
 from utils.cli import DataError, UsageError, found, report_dry_run
 from utils.places import reference_path, reward_rows, training_command
 from utils.provenance import fingerprint, hash_of
@@ -241,6 +242,7 @@ class Loaded:
     generate: Generate
     to_text: Callable[[Sequence[int]], str]
     score: Score
+    read: Read | None  # of a policy that does not know the reference's log-probability
     work: dict[str, float]  # of a token that comes out, see `Policy.work`
 
 
@@ -252,6 +254,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
         UsageError: more candidates than there are tokens to choose from; graphs where there is no GPU.
     """
     from utils.data import encode_prompts
+    from utils.decoding import read_by
     from utils.graphs import graphs_for
 
     by_default = settings.config.decoding.cuda_graphs and method.decodes
@@ -283,7 +286,6 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
             eos_token_id=tokenizer.eos_token_id,
             batch_size=settings.batch_size,
             suppress_first_eos=settings.suppress_first_eos,
-            reference=models.reference if method.own_model and settings.track_kl else None,
         )
     if method.shares_candidates:
         generate = models.once("candidates", lambda own=generate: Remembered(own))
@@ -292,7 +294,10 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     def to_text(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    return Loaded(encode, generate, to_text, models.score, work)
+    read = None
+    if method.own_model and settings.track_kl:
+        read = functools.partial(read_by, models.reference, temperature=settings.temperature)
+    return Loaded(encode, generate, to_text, models.score, read, work)
 
 
 def chunk_size(settings: Settings, method: Method) -> int:

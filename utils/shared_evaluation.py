@@ -150,6 +150,7 @@ def take_parts(
                     generate=policy.generate,
                     to_text=policy.to_text,
                     score=policy.score,
+                    read=policy.read,
                     weights=place.settings.weights,
                     seed=place.settings.seed,
                     track_kl=place.settings.track_kl,
