@@ -12,14 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda", 0)
-# Operations that take tensors of both sides on a real GPU, and the arguments that may be the CPU's: those behind the
-# first for an index, either for a copy.
+# Operations that take tensors of both sides on a real GPU: an index may be the CPU's, and either side of a copy.
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPYING = {"copy_", "_to_copy", "copy", "_copy_from"}
+JOINING = {"cat", "stack"}  # in all others, a number of the CPU's without dimensions may stand for a plain number
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the pretended GPU; `elem` is its data."""
+    """A tensor of the pretended GPU; `elem` is its data. `operations` counts what was done there."""
+
+    operations = 0
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -41,9 +43,13 @@ class OnGpu(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        here = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        checked = here[:1] if name in INDEXING else here
-        strangers = [x for x in checked if not isinstance(x, OnGpu) and x.dim() > 0]
+        flat = tree_flatten((args, kwargs))[0]
+        here = [x for x in flat if isinstance(x, torch.Tensor)]
+        checked = [x for x in (args[0], *args[2:3]) if isinstance(x, torch.Tensor)] if name in INDEXING else here
+        strangers = [x for x in checked if not isinstance(x, OnGpu) and (x.dim() > 0 or name in JOINING)]
+        OnGpu.operations += 1
+        if any(isinstance(x, torch.Generator) for x in flat):
+            raise RuntimeError(f"{function}: expected a 'cuda' device type for generator but found 'cpu'")
         if name in INDEXING and not isinstance(here[0], OnGpu):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if strangers and name not in COPYING:
@@ -83,12 +89,14 @@ class Placing(TorchFunctionMode):
                 return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         if function is torch.Tensor.tolist:
             return unwrapped(args[0]).tolist()
-        if name in ("as_tensor", "tensor") and "device" not in kwargs and args and isinstance(args[0], OnGpu):
-            return function(args[0].elem, *args[1:], **kwargs)
+        if name in ("as_tensor", "tensor") and kwargs.get("device") is None and args and isinstance(args[0], OnGpu):
+            return OnGpu(function(args[0].elem, *args[1:], **kwargs))
         if not is_gpu(kwargs.get("device")):
             if kwargs.get("device") is not None and any(isinstance(x, OnGpu) for x in tree_flatten(args)[0]):
                 return unwrapped(function(*tree_map(unwrapped, args), **kwargs))  # new_zeros(..., device="cpu")
             return function(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
         kwargs["device"] = "cpu"
         return OnGpu(unwrapped(function(*tree_map(unwrapped, args), **kwargs)))
 
@@ -107,6 +115,8 @@ class Placing(TorchFunctionMode):
         there, here = is_gpu(device), isinstance(tensor, OnGpu)
         if device is None or there == here:
             return tensor.to(dtype or tensor.dtype)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("a move that carries a gradient is not pretended")
         moved = tensor.elem if here else tensor.detach()
         moved = moved.to(dtype or tensor.dtype, copy=True)
         return OnGpu(moved) if there else moved

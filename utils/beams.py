@@ -211,11 +211,11 @@ def _search(
                 which = prompt_of(keys[searched[place]], searched[place])
                 raise DataError(f"prompt {which}: {complaint} within its first {t + 1} tokens; nothing more is decoded")
             ended = [place for place, goes in enumerate(goes_on) if last or not goes]
-            for place, texts in zip(ended, beams.best(ended), strict=True):
-                found[searched[place]] = texts
-            if len(ended) == len(searched):
-                break
             if ended:
+                for place, texts in zip(ended, beams.best(ended), strict=True):
+                    found[searched[place]] = texts
+                if len(ended) == len(searched):
+                    break
                 kept = [place for place in range(len(searched)) if place not in ended]
                 searched = [searched[place] for place in kept]
                 beams.keep(kept)

@@ -177,9 +177,11 @@ def measure_kl(settings: Settings, method: Method, prompts: Mapping[int, str], m
     loaded = load(settings, method, models)
     encoded, bar = loaded.encode(prompts), progress(total=len(prompts), desc=f"beta {settings.beta:g}", unit="answer")
     keys = [(settings.seed, i, 0) for i in prompts]
-    candidates = loaded.generate([encoded[i] for i in prompts], keys, lambda tokens: bar.update())
+    answers = [only for [only] in loaded.generate([encoded[i] for i in prompts], keys, lambda tokens: bar.update())]
     bar.close()
-    return Measured(settings.beta, *mean_and_error([answer.log_ratio for [answer] in candidates]))
+    if loaded.read is not None:  # as in the run
+        loaded.read([encoded[i] for i in prompts], answers)
+    return Measured(settings.beta, *mean_and_error([answer.log_ratio for answer in answers]))
 
 
 def describe(settings: Settings) -> str:

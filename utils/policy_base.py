@@ -51,7 +51,7 @@ class Policy:
 
     follows_reference = True  # p_ref is the reference's own probability
     objectives: tuple[str, ...] = ()  # whose values tilt, for messages
-    graphs: StepGraphs | None = None  # of sampling's steps; None: each step's operations are launched one by one
+    graphs: StepGraphs | None = None  # of its steps; None: each step's operations are launched one by one
 
     def __init__(self, models: Sequence[nn.Module], mixture: Sequence[float], *, top_k: int, temperature: float):
         if top_k < 1:
