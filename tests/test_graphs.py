@@ -331,7 +331,9 @@ def test_graphs_are_made_where_a_gpu_is_and_they_are_wanted():
         graphs_for(cpu, True, True)
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def on_gpu(test):
+    """For machines that have one: `bash benchmarks/gpu.sh`, or `pytest -m gpu`."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 
 
 @on_gpu
