@@ -342,6 +342,9 @@ def _build(cls, data, where: str, file: Path, **given):
     return cls(**values)
 
 
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+
+
 def _convert(hint, value, where: str, file: Path):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -375,7 +378,7 @@ def _convert(hint, value, where: str, file: Path):
             return value
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ConfigError(f"{file}: {where} must be a {hint.__name__}, got {value!r}")
+    raise ConfigError(f"{file}: {where} must be {IN_WORDS[hint]}, got {value!r}")
 
 
 def _resolve(path: str | os.PathLike) -> Path:
