@@ -244,12 +244,12 @@ ANTHROPIC = ("datasets", "anthropic")
         (at(*ANTHROPIC, "objectives", ["help", "help"]), "must name at least one, each once"),
         (
             at(*ANTHROPIC, "max_new_tokens", "many"),
-            "datasets.anthropic.max_new_tokens must be a whole number, got 'many'",
+            "anthropic.max_new_tokens must be a whole number, got 'many'",
         ),
         (at("decoding", "cuda_graphs", "yes"), "decoding.cuda_graphs must be true or false, got 'yes'"),
         (
             at(*ANTHROPIC, "training", "lr", float("nan")),
-            "datasets.anthropic.training.lr must be a finite number, got nan",
+            "anthropic.training.lr must be a finite number, got nan",
         ),
         (at(*ANTHROPIC, "training", "lr", 0), "datasets.anthropic.training.lr must be above 0"),
         (at(*ANTHROPIC, "training", "packing", "trees"), "did you mean 'tree'?"),
