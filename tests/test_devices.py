@@ -77,9 +77,9 @@ PPO = ("Finetuning/PPO/ppo.py", "--exp_type", "assistant", "--max_steps", "1", "
 NO_MODEL = {"split_data.py", "label_tree.py", "label_tree_soft.py", "fit_token_table.py", "fit_judges.py",
             "Finetuning/reward_soup_merge.py"}  # fmt: skip
 STAGES = [
-    ("get_data_base.py", "0", "10", *DATA),
+    ("get_data_base.py", "0", "6", *DATA),
     ("label_tree.py", TREES, "all", *DATA),
-    ("split_data.py", TREES, "--num_val", "4", "--output_dir", LABELLED, *DATA),
+    ("split_data.py", TREES, "--num_val", "2", "--output_dir", LABELLED, *DATA),
     (*TRAIN, "--objective", "all"),
     (*TRAIN, "--objective", "help", "--packing", "node", "--output_dir", "{ws}/by_node"),
     (*TRAIN, "--objective", "help", "--targets", "dense", "--head_start", "ridge", "--output_dir", "{ws}/from_ridge"),
