@@ -161,11 +161,11 @@ def candidate_heads(values, rank: int = 64) -> list:
     return heads
 
 
-def steering(reference, values, k: int) -> dict:
-    """The policies that are measured, {name: policy}; a policy's caches and recordings serve all its rounds."""
+def steering(reference, values, heads, k: int) -> dict:
+    """The policies that are measured, {name: policy}; a policy's recordings serve all its rounds."""
     from utils.policies import CandidatePolicy, MavisPolicy, ReferencePolicy
 
-    heads, tilt = candidate_heads(values), {"beta": 4.0, "top_k": k}
+    tilt = {"beta": 4.0, "top_k": k}
     return {
         "reference": ReferencePolicy(reference, top_k=k),
         "mavis_1": MavisPolicy(reference, values[:1], [1.0], **tilt),
@@ -195,9 +195,10 @@ def measure(reference, values, batch_size: int, args, device, rate: float) -> li
     tokens, k = args.max_new_tokens, args.topk
     prompts = random_prompts(reference, batch_size, args.prompt_tokens)
     inputs = prompts.to(device)
-    policies = steering(reference, values, k)
+    models = reference, values, candidate_heads(values), k
+    policies = steering(*models)
     if device.type == "cuda":
-        policies |= {f"{name}_graphs": policy for name, policy in with_graphs(steering(reference, values, k)).items()}
+        policies |= {f"{name}_graphs": policy for name, policy in with_graphs(steering(*models)).items()}
 
     def plain() -> int:
         with torch.inference_mode():

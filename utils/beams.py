@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from utils import tilting
-from utils.cli import DataError
-from utils.completions import Completion, check_prompts, eos_tensor, prompt_of, steps_between_looks
+from utils.completions import Completion, check_prompts, eos_tensor, not_finite, prompt_of, steps_between_looks
 from utils.graphs import Place
 from utils.policy_base import Policy, Step
 
@@ -27,8 +26,17 @@ class _Beams:
     first, -inf where there is none yet. A prompt starts as its first beam alone.
     """
 
-    def __init__(self, keys, num_beams: int, num_samples: int, num_return: int, max_new_tokens: int, policy: Policy):
-        device, p = policy.device, len(keys)
+    def __init__(
+        self,
+        keys,
+        num_beams: int,
+        num_samples: int,
+        num_return: int,
+        max_new_tokens: int,
+        eos: Tensor,
+        objectives: int,
+    ):
+        device, p = eos.device, len(keys)
         self.num_beams, self.num_samples = num_beams, num_samples
         self.num_return, self.max_new_tokens = num_return, max_new_tokens
         folded = [
@@ -37,13 +45,13 @@ class _Beams:
         ]
         alive = torch.zeros(p, num_beams, dtype=torch.bool, device=device)
         alive[:, 0] = True
-        self._time = {"step": torch.zeros(1, dtype=torch.int64, device=device)}
+        self._shared = {"step": torch.zeros(1, dtype=torch.int64, device=device), "eos": eos}
         self._beams = {"alive": alive, **self._texts(p, num_beams, device)}
         self._ended = self._texts(p, num_return, device)
         self._ended["length"] = torch.zeros(p, num_return, dtype=torch.int64, device=device)
         self._prompts = {
             "key": torch.tensor(folded, dtype=torch.int64, device=device),
-            "unsound": torch.zeros(p, 1 + len(policy.objectives), dtype=torch.bool, device=device),
+            "unsound": torch.zeros(p, 1 + objectives, dtype=torch.bool, device=device),
         }
 
     def _texts(self, prompts: int, texts: int, device: torch.device) -> dict[str, Tensor]:
@@ -64,16 +72,16 @@ class _Beams:
 
     def places(self) -> dict[str, Place]:
         """Where the tensors are kept that a step reads and changes."""
-        parts = {"time": self._time, "beam": self._beams, "ended": self._ended, "prompt": self._prompts}
+        parts = {"shared": self._shared, "beam": self._beams, "ended": self._ended, "prompt": self._prompts}
         return {f"{what}'s {name}": (part, name) for what, part in parts.items() for name in part}
 
-    def choose(self, step: Step, combined: Tensor, unsound: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, step: Step, combined: Tensor, unsound: Tensor) -> tuple[Tensor, Tensor]:
         """Every beam draws its tokens; the best that go on are the next beams, and the best that ended are kept.
 
         Returns:
             of each next beam, the row (P * Q,) that it continues and the candidate (P * Q,) that it takes there.
         """
-        key, beams, now = self._prompts["key"], self._beams, self._time["step"]
+        key, beams, now = self._prompts["key"], self._beams, self._shared["step"]
         p, q, s = key.shape
         choice = tilting.sample(step.p_tilt.repeat_interleave(s, 0), tilting.uniforms(key.flatten(), now)).view(-1, s)
         token, value, log_p, log_q = (
@@ -88,7 +96,7 @@ class _Beams:
             "reference_log_prob": drawn["reference_log_prob"] + log_q,
         }
         alive = drawn.pop("alive")
-        ended = alive & (token.unsqueeze(2) == eos).any(2)
+        ended = alive & (token.unsqueeze(2) == self._shared["eos"]).any(2)
         self._prompts["unsound"] = self.unsound | (unsound.view(p, q, -1) & beams["alive"].unsqueeze(2)).any(1)
 
         new = drawn | {"value": value.where(ended, -math.inf), "length": torch.where(ended, now + 1, 0)}
@@ -102,7 +110,7 @@ class _Beams:
         # Where fewer are left than there are beams, they are repeated from the best on.
         chosen = ranked.gather(1, torch.arange(q, device=left.device) % left.clamp(min=1))
         beams.update({name: _pick(x, chosen) for name, x in drawn.items()}, alive=(left > 0).expand(p, q))
-        self._time["step"] = now + 1
+        self._shared["step"] = now + 1
         rows = chosen // s + q * torch.arange(p, device=left.device).unsqueeze(1)
         return rows.flatten(), choice.view(p, q * s).gather(1, chosen).flatten()
 
@@ -116,7 +124,7 @@ class _Beams:
         """The best texts of these prompts by value, best first; of equals, those that have ended come first."""
         index = torch.as_tensor(places, dtype=torch.int64, device=self.alive.device)
         ended, going = ({name: x[index].tolist() for name, x in part.items()} for part in (self._ended, self._beams))
-        steps = int(self._time["step"])
+        steps = int(self._shared["step"])
 
         def text(of: dict, i: int, n: int, length: int, finished: bool) -> Completion:
             log_prob, reference_log_prob = of["log_prob"][i][n], of["reference_log_prob"][i][n]
@@ -178,8 +186,8 @@ def beam_search(
     results: list[list[Completion]] = []
     for first in range(0, len(prompts), at_once):
         group, of_group = prompts[first : first + at_once], keys[first : first + at_once]
-        beams = _Beams(of_group, num_beams, num_samples, num_return, max_new_tokens, policy)
-        found = _search(policy, group, of_group, beams, eos, eos if suppress_first_eos else None)
+        beams = _Beams(of_group, num_beams, num_samples, num_return, max_new_tokens, eos, len(policy.objectives))
+        found = _search(policy, group, of_group, beams, eos if suppress_first_eos else None)
         results += found
         if on_completion is not None:
             for completions in found:
@@ -187,29 +195,26 @@ def beam_search(
     return results
 
 
-def _search(
-    policy: Policy, prompts, keys, beams: _Beams, eos: Tensor, forbidden: Tensor | None
-) -> list[list[Completion]]:
+def _search(policy: Policy, prompts, keys, beams: _Beams, forbidden: Tensor | None) -> list[list[Completion]]:
     """The search of a group of prompts that share a batch: the best texts of each."""
     snapshots = policy.prefill([list(p) for p in prompts], forbidden=forbidden)
     policy.open(len(prompts) * beams.num_beams)
     policy.load(range(policy.rows), [s for s in snapshots for _ in range(beams.num_beams)])
     found: list[list[Completion]] = [[] for _ in prompts]
     searched = list(range(len(prompts)))  # the prompts of the beams
-    look_every, ends = steps_between_looks(policy.device), {"eos": eos}
+    look_every = steps_between_looks(policy.device)
     for t in range(beams.max_new_tokens):
         last, moves, like = t + 1 == beams.max_new_tokens, None, range(policy.rows)
         if policy.graphs is not None:
-            _recorded_beam_step(policy, beams, ends)
+            _recorded_step(policy, beams)
         else:
-            moves = beams.choose(policy.distribution(), policy.combined, policy.unsound, eos)
+            moves = beams.choose(policy.distribution(), policy.combined, policy.unsound)
         if last or (t + 1) % look_every == 0:
             goes_on, unsound = torch.stack([beams.alive.any(1), beams.unsound.any(1)]).tolist()
             if any(unsound):
                 place = unsound.index(True)
-                complaint = policy.complaint(beams.unsound[place].tolist())
                 which = prompt_of(keys[searched[place]], searched[place])
-                raise DataError(f"prompt {which}: {complaint} within its first {t + 1} tokens; nothing more is decoded")
+                raise not_finite(which, policy.complaint(beams.unsound[place].tolist()), t + 1)
             ended = [place for place, goes in enumerate(goes_on) if last or not goes]
             if ended:
                 for place, texts in zip(ended, beams.best(ended), strict=True):
@@ -231,14 +236,12 @@ def _search(
     return found
 
 
-def _recorded_beam_step(policy: Policy, beams: _Beams, ends: dict[str, Tensor]) -> None:
+def _recorded_step(policy: Policy, beams: _Beams) -> None:
     """A whole step of a search, the models' reading of the chosen tokens included, as a graph of the policy's."""
-    policy.make_room()
 
-    def step() -> None:
-        rows, choice = beams.choose(policy.distribution(), policy.combined, policy.unsound, ends["eos"])
+    def choose() -> Tensor:
+        rows, choice = beams.choose(policy.distribution(), policy.combined, policy.unsound)
         policy.fork(rows, range(policy.rows))
-        policy.take_candidates(choice)
+        return choice
 
-    policy.graphs.run(policy.places() | beams.places() | {"eos": (ends, "eos")}, step)
-    policy.count_step()
+    policy.recorded_step(choose, beams.places())

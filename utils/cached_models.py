@@ -68,8 +68,7 @@ class Layout:
         """Room for that many columns."""
         have = self.valid.shape[1]
         if columns > have:
-            more = max(columns, have + have // 2) - have
-            self.valid = nn.functional.pad(self.valid, (0, more))
+            self.valid = resized(self.valid, 1, max(columns, have + have // 2))
 
     def fit(self, columns: int) -> None:
         """Exactly that many columns, at least those in use, and `width` on the device: a recorded step comes."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from utils.cli import DataError
+
 # Of log-probabilities and log-ratios that are kept: in float64 what lies behind them depends on the batch's shape, so
 # that without it one process's files would differ from those of several.
 LOG_RATIO_DECIMALS = 9
@@ -63,6 +65,12 @@ def eos_tensor(eos_token_id: int | Sequence[int] | None, device: torch.device) -
 def steps_between_looks(device: torch.device) -> int:
     """How many steps go by until the host looks which rows have ended: elsewhere than on a CPU, a look waits."""
     return 1 if device.type == "cpu" else 16
+
+
+def not_finite(prompt: int | None, complaint: str, tokens: int) -> DataError:
+    """The error that stops decoding, with what `Policy.complaint` says of a row."""
+    where = "" if prompt is None else f"prompt {prompt}: "
+    return DataError(f"{where}{complaint} within its first {tokens} tokens; nothing more is decoded")
 
 
 def prompt_of(key: tuple[int, ...], place: int) -> int:

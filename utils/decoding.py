@@ -12,8 +12,7 @@ from torch import Tensor
 
 from utils import tilting
 from utils.beams import beam_search
-from utils.cli import DataError
-from utils.completions import Completion, check_prompts, eos_tensor, prompt_of, steps_between_looks
+from utils.completions import Completion, check_prompts, eos_tensor, not_finite, prompt_of, steps_between_looks
 from utils.policy_base import Policy, Snapshot, Step
 
 __all__ = ["Completion", "Job", "Prefix", "beam_search", "decode", "run_jobs", "score_texts"]
@@ -197,24 +196,16 @@ def _number_of_rows(needed: int, batch_size: int, policy: Policy) -> int:
 
 def _recorded_step(policy: Policy, rows: _Rows, ends: dict[str, Tensor]) -> None:
     """A whole step, the models' reading of the chosen tokens included, as a graph of the policy's."""
-    policy.make_room()
 
-    def step() -> None:
-        choice = rows.record(policy.distribution(), ends["eos"], policy.unsound)
-        policy.take_candidates(choice)
+    def choose() -> Tensor:
+        return rows.record(policy.distribution(), ends["eos"], policy.unsound)
 
     of_rows = {f"row's {name}": (vars(rows), name) for name in vars(rows)}
-    policy.graphs.run(policy.places() | of_rows | {"eos": (ends, "eos")}, step)
-    policy.count_step()
+    policy.recorded_step(choose, of_rows | {"eos": (ends, "eos")})
 
 
 def _complain(policy: Policy, rows: _Rows, jobs: Sequence[Job | None], row: int) -> None:
-    which = jobs[row].prompt_index
-    where = "" if which is None else f"prompt {which}: "
-    raise DataError(
-        f"{where}{policy.complaint(rows.unsound[row].tolist())} within its first {int(rows.count[row])} tokens; "
-        "nothing more is decoded"
-    )
+    raise not_finite(jobs[row].prompt_index, policy.complaint(rows.unsound[row].tolist()), int(rows.count[row]))
 
 
 def _prefill(policy: Policy, queue: deque[Job], free: int, batch_size: int, forbidden: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from utils.cli import DataError
 from utils.completions import Completion
 from utils.data import read_rows
-from utils.decoding import score_texts
+from utils.decoding import read_by
 from utils.summaries import mean_and_error
 
 FEW = 20  # answers, of which a mean says little
@@ -190,7 +190,10 @@ class GivenAnswers:
     def __call__(self, prompts, keys, on_completion=None) -> list[list[Completion]]:
         answers = [self.answers[key[1:]] for key in keys]
         tokens = [self.tokens_of(answer) for answer in answers]
-        scores = [math.nan] * len(answers)
+        completions = [
+            Completion(ids, math.nan, answer.finished, answer.log_prob, text=answer.response)
+            for answer, ids in zip(answers, tokens, strict=True)
+        ]
         if self.reference is not None:
             for (_, index, trial), prompt, ids in zip(keys, prompts, tokens, strict=True):
                 if self.context and len(prompt) + len(ids) > self.context:
@@ -198,16 +201,12 @@ class GivenAnswers:
                         f"answer {trial} to prompt {index} has {len(ids)} tokens, and with its prompt more than the "
                         f"{self.context} that the reference reads; --no-track_KL scores it without that"
                     )
-            scores = score_texts(self.reference, prompts, tokens, temperature=self.temperature)
-        completions = []
-        for answer, ids, score in zip(answers, tokens, scores, strict=True):
-            log_ratio = answer.log_prob - score
-            given = Completion(ids, log_ratio, answer.finished, answer.log_prob, score, text=answer.response)
-            completions.append([given])
-            if on_completion is not None:
-                on_completion(len(ids))
-        self._look_at([given.log_ratio for [given] in completions])
-        return completions
+            read_by(self.reference, prompts, completions, temperature=self.temperature)
+        if on_completion is not None:
+            for given in completions:
+                on_completion(len(given.token_ids))
+        self._look_at([given.log_ratio for given in completions])
+        return [[given] for given in completions]
 
     def _look_at(self, log_ratios: Sequence[float]) -> None:
         """Say once that the KL cannot be right, where so many answers' mean log-ratio lies that far below 0."""

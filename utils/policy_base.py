@@ -11,7 +11,7 @@ A step is: `distribution()` (value models score the k candidates in one masked p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -232,7 +232,7 @@ class Policy:
             self.extras[name] = torch.cat([tensor[index], tensor.new_zeros(empty, *tensor.shape[1:])])
 
     @torch.inference_mode()
-    def make_room(self) -> None:
+    def _make_room(self) -> None:
         """Shapes for a recorded step (`graphs`): as many columns as it needs, rounded up so that few shapes occur."""
         queries = self.value_tokens if self.value_readers else 1
         columns = -(-(self.layout.width + queries) // GRAPH_COLUMNS) * GRAPH_COLUMNS
@@ -240,7 +240,7 @@ class Policy:
         for cache in self.caches:
             cache.fit(columns)
 
-    def places(self) -> dict[str, Place]:
+    def _places(self) -> dict[str, Place]:
         """Where the tensors are kept that a step reads and changes."""
         found = {name: (vars(self), name) for name in ("p_ref", "token_ids")}
         found |= {name: (vars(self.layout), name) for name in ("valid", "length", "place")}
@@ -315,16 +315,25 @@ class Policy:
 
     def advance(self, choice: Tensor) -> None:
         """Every row takes the candidate of index choice (B,); the language models read it."""
-        self.take_candidates(choice)
-        self.count_step()
+        self._take_candidates(choice)
+        self._count_step()
 
-    def count_step(self) -> None:
+    def recorded_step(self, choose: Callable[[], Tensor], places: Mapping[str, Place]) -> None:
+        """`choose`, which gives the choice (B,), and `advance` with it, as one of `graphs`.
+
+        `places` are where the tensors are kept that `choose` reads and changes, the policy's own left out.
+        """
+        self._make_room()
+        self.graphs.run(self._places() | places, lambda: self._take_candidates(choose()))
+        self._count_step()
+
+    def _count_step(self) -> None:
         """The host's part of `advance`."""
         self.layout.count()
         self._compact()
 
     @torch.inference_mode()
-    def take_candidates(self, choice: Tensor) -> None:
+    def _take_candidates(self, choice: Tensor) -> None:
         """The device's part of `advance`."""
         tokens = self.token_ids.gather(1, choice.unsqueeze(1))  # (B, 1)
         self._choose(choice, tokens)
