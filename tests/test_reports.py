@@ -453,6 +453,31 @@ def test_series_are_told_apart_by_whatever_differs(tmp_path):
     assert set(series_names(runs, families=True).values()) == {"mavis, topk 15", "mavis, topk 9", "best of N"}
 
 
+def test_single_policies_are_the_ends_of_every_front_that_is_mixed_from_them(tmp_path):
+    make_run(tmp_path, "reference", kl=0.6)
+    for objective in ("help", "harm"):
+        make_run(tmp_path, "single_policy", {objective: 1.0}, gain=2.0, kl=3.0)
+        make_run(tmp_path, "single_policy_best_of_n", {objective: 1.0}, num_samples=4, gain=2.5, kl=3.0)
+
+    def report():
+        pareto_report.main([str(tmp_path), "--output_dir", str(tmp_path / "r")])
+        return json.loads((tmp_path / "r" / "report.json").read_text())["sections"][0]
+
+    alone = report()
+    assert {r["series"] for r in alone["runs"]} == {"reference", "single policy", "single policy, best of 4"}
+    for method in ("mod", "rewarded_soup"):
+        make_run(tmp_path, method, {"help": 0.5, "harm": 0.5}, gain=1.5, kl=2.0)
+    found = report()
+    weights = {}
+    for row in found["runs"]:
+        weights.setdefault(row["series"], []).append(row["weights"].get("help", 0.0))
+    ends = {"mod": [1.0, 0.5, 0.0], "rewarded soup": [1.0, 0.5, 0.0], "single policy, best of 4": [1.0, 0.0]}
+    assert weights == {"reference": [0.0]} | ends
+    assert {r["series"]: r["points"] for r in found["hypervolume"]["series"]} == {k: len(v) for k, v in ends.items()}
+    between = [r["weights"] for r in found["differences"] if {r["a"], r["b"]} == {"mod", "rewarded soup"}]
+    assert between and all(w == {"help": 0.5, "harm": 0.5} for w in between)  # an end is not compared with itself
+
+
 def test_beam_searches_that_draw_unequally_are_two_series(tmp_path):
     """`--num_samples` of mavis_bs.py says what each beam draws; the arguments' number is candidates per answer, 1."""
     for draws in (1, 2):

@@ -344,16 +344,27 @@ def test_the_kl_script_takes_the_references_kl_too_and_knows_the_other_scripts_r
     assert ours == pytest.approx(theirs, abs=1e-3)  # one pass over the text, and the decoder's own sum
 
 
-def test_at_a_weight_of_1_every_trained_baseline_is_the_single_policy(evaluate):
-    found = set()
-    for script, flags in (("baseline_eval", ["--ppo"]), ("baseline_eval", ["--morlhf"]), ("mod_eval", [])):
-        evaluate(script, *flags, "--obj_weights", ",1")
-    for folder in evaluate("mod_eval", "--obj_weights", ",1"):
-        found.add(tuple(s["response"] for s in read_samples(folder)))
-        paths = read_arguments(folder)["setting"]["checkpoints"].values()
-        assert any(p.endswith("morlhf/anthropic/single/harm") for p in paths)
+def test_at_a_weight_of_1_every_trained_baseline_is_the_single_policy_which_runs_once(evaluate, capsys):
+    [folder] = evaluate("baseline_eval", "--ppo", "--obj_weights", ",1")
+    for script, flags in (("baseline_eval", ["--morlhf"]), ("mod_eval", [])):
+        assert evaluate(script, *flags, "--obj_weights", ",1") == [folder]
+        assert "is complete and is not repeated" in capsys.readouterr().out
+    assert read_arguments(folder)["method"] == "single_policy"
+    paths = read_arguments(folder)["setting"]["checkpoints"].values()
+    assert any(p.endswith("morlhf/anthropic/single/harm") for p in paths)
     [reference] = [f for f in evaluate("baseline_eval") if read_arguments(f)["method"] == "reference"]
-    assert len(found) == 1 and found != {tuple(s["response"] for s in read_samples(reference))}
+    assert [s["response"] for s in read_samples(folder)] != [s["response"] for s in read_samples(reference)]
+    evaluate("mod_eval", "--obj_weights", ",1", "--num_samples", 2)
+    found = evaluate("baseline_eval", "--ppo", "--obj_weights", ",1", "--num_samples", 2)
+    assert sorted(read_arguments(f)["method"] for f in found) == [
+        "reference", "single_policy", "single_policy_best_of_n",
+    ]  # fmt: skip
+
+
+def test_a_folder_of_ones_own_keeps_the_methods_name(evaluate, policies):
+    single = policies.ws / "morlhf" / "anthropic" / "single"
+    [folder] = evaluate("mod_eval", "--obj_weights", ",1", "--single_dir", single)
+    assert read_arguments(folder)["method"] == "mod"
 
 
 def test_missing_and_foreign_adapters_are_named_with_the_command_that_makes_them(evaluate, policies, tmp_path, capsys):

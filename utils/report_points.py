@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from utils.cli import DataError
+from utils.rivals import MIXED_FROM_SINGLE, SINGLE_POLICY
 from utils.runs import ARGUMENTS, REWARDS, SAMPLES, SUMMARY, read_arguments, read_samples
 from utils.summaries import GENERATED, MEASURES, mean_and_error, per_prompt
 
@@ -72,6 +73,7 @@ class Point:
     runs: tuple[RunRecord, ...]
     by_seed: dict[int, pd.DataFrame] = field(repr=False)  # of each seed, one row per prompt
     by_budget: bool = True  # a point whose beta met a KL budget stands in the budget's front, not in its beta's
+    in_front_of: str = ""  # the method in whose front it stands, where that is not the one that its runs name
 
     @property
     def budget(self) -> float | None:
@@ -84,7 +86,7 @@ class Point:
 
     @property
     def method(self) -> str:
-        return self.arguments["method"]
+        return self.in_front_of or self.arguments["method"]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -97,7 +99,7 @@ class Point:
     @property
     def key(self) -> tuple[str, ...]:
         """Names the point among others."""
-        return tuple(str(r.folder) for r in self.runs)
+        return self.method, *(str(r.folder) for r in self.runs)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -221,7 +223,23 @@ def load_points(paths: Sequence[str | Path]) -> tuple[list[Point], list[str]]:
             if run.made_from != newest.made_from:
                 left_out.append(f"{run.folder}: its models, rewards or precision are not those of {newest.folder}")
         points.append(_point([r for r in group if r.made_from == newest.made_from], left_out))
-    return _with_their_fronts(points), left_out
+    return _with_single_policies(_with_their_fronts(points)), left_out
+
+
+def _with_single_policies(points: Sequence[Point]) -> list[Point]:
+    """Points of single policies as ends of the fronts that are mixed from them; by themselves where there is none."""
+
+    def settings(point: Point) -> str:
+        return repr((point.runs[-1].world, sorted(point.settings.items())))
+
+    found, mixed = [], dict(grouped(points, lambda p: (p.method, settings(p))))
+    for point in points:
+        ends = []
+        if point.method.startswith(SINGLE_POLICY):
+            methods = [method + point.method.removeprefix(SINGLE_POLICY) for method in MIXED_FROM_SINGLE]
+            ends = [replace(point, in_front_of=m) for m in methods if (m, settings(point)) in mixed]
+        found += ends or [point]
+    return found
 
 
 def _with_their_fronts(points: Sequence[Point]) -> list[Point]:

@@ -245,7 +245,7 @@ def between_methods(section: Section, wanted: Sequence[tuple[str, str]] | None =
                  if section.matches(a, x) and section.matches(b, y) and section.name(a) != section.name(b)]  # fmt: skip
     else:
         found = [(a, b) for a, b in itertools.combinations(section.compared, 2) if section.name(a) != section.name(b)]
-    same = [(a, b) for a, b in found if a.weights == b.weights or not (a.weights and b.weights)]
+    same = [(a, b) for a, b in found if (a.weights == b.weights or not (a.weights and b.weights)) and a.runs != b.runs]
     return [row for a, b in same for row in compare(section, a, b)]
 
 
@@ -278,8 +278,8 @@ def at_equal_kl(section: Section) -> list[dict]:
     tracked = [p for p in section.compared if p.tracks_kl]
     start = [section.reference] if section.reference and section.reference.tracks_kl else []
     for point in tracked:
-        for family, others in grouped([p for p in tracked if section.family(p) != section.family(point)],
-                                      section.family):  # fmt: skip
+        for family, others in grouped([p for p in tracked if section.family(p) != section.family(point)
+                                       and p.runs != point.runs], section.family):  # fmt: skip
             for weights, rivals in _rivals(point, others):
                 rows.append(_equal_kl_row(section, point, weights, family, start + rivals))
     return rows

@@ -22,6 +22,10 @@ from utils.places import RECORD, check_adapter_folder, reference_path
 from utils.provenance import fingerprint
 from utils.summaries import describe_weights
 
+# A weighting of one objective alone is the same policy for all three methods: one run, which is an end of each front.
+SINGLE_POLICY = "single_policy"
+MIXED_FROM_SINGLE = ("morlhf", "rewarded_soup", "mod")
+
 # -------------------------------------------------------------------------------------------------------------- places
 
 
@@ -119,16 +123,23 @@ def check_policy_adapter(folder: str | Path, what: str, made_by: str, base: str 
 # reference. They are off but in a policy's own calls, so the reference stays the reference.
 
 
+def is_single(settings, root: str | None) -> bool:
+    """Whether a point is an objective's own policy, whichever method asks; in a given `root` it stays that method's."""
+    return len(settings.weights) == 1 and not root
+
+
 def soup_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
     config, spec, weights = settings.config, settings.spec, settings.weights
+    if is_single(settings, root):
+        return mod_checkpoints(settings, root)
     folder = soup_folder(config, spec, weights, root or None)
-    single = len(weights) == 1 and not root
-    command = (ppo_command if single else soup_command)(config, spec, weights, folder)
-    return {f"rewarded soup of {describe_weights(weights)}": (str(folder), command)}
+    return {f"rewarded soup of {describe_weights(weights)}": (str(folder), soup_command(config, spec, weights, folder))}
 
 
 def morlhf_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
     config, spec, weights = settings.config, settings.spec, settings.weights
+    if is_single(settings, root):
+        return mod_checkpoints(settings, root)
     folder = morlhf_folder(config, spec, weights, root or None)
     return {f"MORLHF policy of {describe_weights(weights)}": (str(folder), ppo_command(config, spec, weights, folder))}
 
