@@ -21,9 +21,10 @@ from baseline_eval import BASELINES
 from utils.cli import DataError, UsageError, run
 from utils.evaluation import evaluate_method
 from utils.methods import Method, Models, load_prompts
+from utils.rivals import SINGLE_POLICY
 from utils.settings import Settings, add_evaluation_arguments, resolve
 
-OWN = ("mavis", "mavis_bs", *(baseline.method or name for name, baseline in BASELINES.items()))
+OWN = ("mavis", "mavis_bs", SINGLE_POLICY, *(baseline.method or name for name, baseline in BASELINES.items()))
 TAKEN = {name.replace("_", " ") for name in OWN}
 
 

@@ -78,7 +78,8 @@ class Baseline:
     checkpoints: Callable[[Settings, Namespace], dict] = lambda settings, args: {}
     tilted: bool = False  # by table values: a beta is needed
     weighted: bool = False  # weights are needed
-    method: Callable[[Settings, Namespace], str] | None = None  # its name in run folders; none: the flag's
+    method: str = ""  # its name in run folders; empty: the flag's
+    single: Callable[[Settings, Namespace], bool] = lambda settings, args: False  # the point is a single policy
     own_model: bool = False  # see `Method`
 
 
@@ -153,10 +154,10 @@ def _trained(flag: str, method: str, find: Callable, weights: Callable[[Settings
     def series(settings: Settings, args: Namespace) -> dict:
         return {"policies": getattr(args, flag)} if getattr(args, flag) else {}
 
-    def name(settings: Settings, args: Namespace) -> str:
-        return rivals.SINGLE_POLICY if rivals.is_single(settings, getattr(args, flag)) else method
+    def single(settings: Settings, args: Namespace) -> bool:
+        return rivals.is_single(settings, getattr(args, flag))
 
-    return Baseline(make, series, checkpoints, weighted=True, method=name, own_model=True)
+    return Baseline(make, series, checkpoints, weighted=True, method=method, single=single, own_model=True)
 
 
 def _arm_checkpoints(settings: Settings, args: Namespace) -> dict:
@@ -186,7 +187,7 @@ BASELINES = {
     "ppo": _trained("ppo", "rewarded_soup", rivals.soup_checkpoints, _one),
     "morlhf": _trained("morlhf", "morlhf", rivals.morlhf_checkpoints, _one),
     "mod": _trained("mod", "mod", rivals.mod_checkpoints, lambda settings: list(settings.weights.values())),
-    "arm": Baseline(_arm, _arm_series, _arm_checkpoints, weighted=True, method=lambda *_: "genarm", own_model=True),
+    "arm": Baseline(_arm, _arm_series, _arm_checkpoints, weighted=True, method="genarm", own_model=True),
 }
 
 
@@ -225,7 +226,7 @@ def method_of(settings: Settings, args: Namespace) -> Method:
     if n == 1 and name == "reference" and settings.weights:
         raise UsageError("the reference takes no --obj_weights; give --num_samples or --token_table with them")
     series = baseline.series(settings, args)
-    shown = baseline.method(settings, args) if baseline.method else name
+    shown = rivals.SINGLE_POLICY if baseline.single(settings, args) else baseline.method or name
     return Method(
         name=shown if n == 1 else "best_of_n" if name == "reference" else f"{shown}_best_of_n",
         kind="baseline_logs" if n == 1 else "baseline_bon_logs",

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = config_from(args)
     from utils import data
+    from utils.rows import describe_source, iter_rows
 
     spec = config.dataset(args.dataset)
     source = data.split_source(spec, args.split)
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         output = Path(args.output_dir) / output.name
     base = config.base_model
     tokenizer_path = args.tokenizer or config.locate(base.path)
-    origin = data.describe_source(source, config, args.data_files)
+    origin = describe_source(source, config, args.data_files)
     if args.dry_run:
         made_by = "" if args.tokenizer else base.made_by
         report_dry_run(
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = load_tokenizer(tokenizer_path, base.special_tokens, base.made_by)
-    rows = data.iter_rows(source, config, args.data_files)
+    rows = iter_rows(source, config, args.data_files)
     prompts, counts = data.build_prompts(spec, rows, tokenizer, hash_range=source.hash_range)
     data.write_prompts(output, prompts)
 

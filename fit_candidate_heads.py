@@ -65,12 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     from utils.data import encode_prompts, prompts_csv, read_prompts
     from utils.provenance import fingerprint
     from utils.tracking import Tracker
+    from utils.value_models import load_value_models
 
     device = models.pick_device(args.device)
     reference, tokenizer = models.load_reference(config, dataset, device)
     iterations = dict.fromkeys(objectives, args.value_model_iter)
     size = models.vocabulary_size(reference)
-    value_models = models.load_value_models(config, args.value_model_dir, iterations, tokenizer, size, device)
+    value_models = load_value_models(config, args.value_model_dir, iterations, tokenizer, size, device)
     texts = read_prompts(prompts_csv(config, dataset, "train"), config)[: args.num_prompts]
     contexts = filter(None, map(context_length, (reference, *value_models.values())))
     room = min(contexts, default=1 << 30) - dataset.max_new_tokens

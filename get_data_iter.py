@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     check_adapter_folder(Path(folder), f"value model of {objective}", made_by)
 
     def build(reference, tokenizer, device, top_k, temperature):
-        from utils.models import load_value_models, vocabulary_size
+        from utils.models import vocabulary_size
         from utils.policies import MavisPolicy
+        from utils.value_models import load_value_models
 
         models = load_value_models(config, root, {objective: iteration}, tokenizer, vocabulary_size(reference), device)
         weights = {objective: 1.0}

@@ -101,7 +101,7 @@ def _stems(sections) -> list[str]:
 
 def _check_names(pairs, sections) -> None:
     """Raise a UsageError for a name of --compare that means no method here."""
-    from utils.config import nearest
+    from utils.specs import nearest
 
     known = list(dict.fromkeys(s.name(p) for s in sections for p in s.points))
     for name in (name for pair in pairs for name in pair):

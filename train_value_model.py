@@ -31,9 +31,9 @@ from utils.cli import (
     report_dry_run,
     run,
 )
-from utils.config import Config, DatasetSpec, ObjectiveSpec, TrainingSpec
 from utils.files import lets_go
 from utils.places import check_adapter_folder, reference_path, value_model_folder
+from utils.specs import Config, DatasetSpec, ObjectiveSpec, TrainingSpec
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,8 +235,8 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
 
     from utils import provenance, training_output
     from utils.files import write_json
-    from utils.models import vocabulary_hash
     from utils.tracking import Tracker
+    from utils.value_models import vocabulary_hash
     from utils.value_training import train
 
     name = plan.objective.name

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import keep
 from utils import cli
-from utils.config import Config, DatasetSpec, load_config
+from utils.config import load_config
 from utils.costs import (
     Shape,
     adapter_parameters,
@@ -45,6 +45,7 @@ from utils.costs import (
     training_flops,
 )
 from utils.prefix_tree import pack
+from utils.specs import Config, DatasetSpec
 from utils.trees import Tree
 
 GPT2_LARGE = Shape(36, 1280, 20, 20, 64, 5120, 2, 50257)

@@ -127,7 +127,8 @@ def load_values(config, dataset, value_model_dir, tokenizer, vocab_size, device)
 
     Trained ones share a backbone where they would in use, which `mavis_3` then reads once.
     """
-    from utils.models import load_value_models, new_value_model, pick_dtype
+    from utils.models import pick_dtype
+    from utils.value_models import load_value_models, new_value_model
 
     folders = {name: value_model_folder(config, value_model_dir, 0, name) for name in dataset.objectives}
     trained = [name for name, folder in folders.items() if (folder / "adapter_model.safetensors").is_file()][:3]

@@ -75,8 +75,9 @@ def value_models(config, tokenizer, vocab_size: int, device) -> dict[str, list]:
     """Three value models of each kind, the same ones."""
     import torch
 
-    from utils.models import new_value_model, pick_dtype
+    from utils.models import pick_dtype
     from utils.shared_base import AdapterStack
+    from utils.value_models import new_value_model
 
     dtype, stack = pick_dtype(config, device), AdapterStack()
     found: dict[str, list] = {kind: [] for kind in KINDS}

@@ -73,7 +73,7 @@ def make_model(shape: tuple, device):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from utils.config import LoraSpec
+    from utils.specs import LoraSpec
 
     hidden, mlp, layers, heads, kv_heads, vocabulary, rank, dropout = shape
     config = LlamaConfig(
@@ -105,7 +105,7 @@ class Reading:
         """Optimizer steps; returns the tokens read with their padding."""
         import torch
 
-        from utils.config import TrainingSpec
+        from utils.specs import TrainingSpec
         from utils.value_training import add_gradients, make_optimizer
 
         parameters = [p for p in self.model.parameters() if p.requires_grad]

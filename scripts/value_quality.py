@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from utils.files import write_json
-    from utils.models import load_tokenizer, load_value_models, pick_device, resolved_config
+    from utils.models import load_tokenizer, pick_device, resolved_config
     from utils.token_table import load_token_table
+    from utils.value_models import load_value_models
 
     device = pick_device(args.device)
     reference = config.sft_path(dataset)

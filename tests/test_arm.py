@@ -13,10 +13,11 @@ import torch
 from tests.models_for_tests import causal_lm
 from tests.test_ppo import CPU, log_of
 from utils import arm
+from utils.adapters import lora_config
 from utils.cli import DataError, run
-from utils.config import REPOSITORY, ArmSpec, LoraSpec
-from utils.models import lora_config
+from utils.config import REPOSITORY
 from utils.runs import read_arguments, read_samples
+from utils.specs import ArmSpec, LoraSpec
 
 sys.path.insert(0, str(REPOSITORY / "Finetuning" / "ARM"))
 import train_arm as script

@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from utils import cli
-from utils.config import REPOSITORY, ConfigError
+from utils.config import REPOSITORY
+from utils.specs import ConfigError
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))

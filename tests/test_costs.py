@@ -99,7 +99,7 @@ def test_an_adapter_and_its_training_are_counted():
     below it nothing is trained, so that its queries, keys and values have no gradients of their inputs."""
     from peft import LoraConfig, get_peft_model
 
-    from utils.config import LoraSpec
+    from utils.specs import LoraSpec
 
     base = value_model("llama_full", dtype=torch.float32, layers=3)
     modules = list(LoraSpec(4, 8).target_modules)

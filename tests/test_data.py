@@ -15,7 +15,9 @@ import dataset_preprocess
 from tests.paper_base_for_tests import build_tokenizer
 from utils import data
 from utils.cli import DataError, run
-from utils.config import REPOSITORY, ConfigError, SourceSpec, load_config
+from utils.config import REPOSITORY, load_config
+from utils.rows import describe_source, iter_rows, read_rows
+from utils.specs import ConfigError, SourceSpec
 from utils.text_formats import (
     FORMATS,
     RowDropped,
@@ -277,17 +279,17 @@ def write_rows(path: Path, rows=ROWS) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "A.CSV.gz", "a.parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    assert list(data.read_rows(write_rows(tmp_path / name))) == ROWS
+    assert list(read_rows(write_rows(tmp_path / name))) == ROWS
 
 
 def test_json_with_one_object_per_line_is_read(tmp_path):
     file = write_rows(tmp_path / "a.jsonl").rename(tmp_path / "a.json")
-    assert list(data.read_rows(file)) == ROWS
+    assert list(read_rows(file)) == ROWS
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     (tmp_path / "a.csv").write_bytes("\ufeffprompt\nx\n".encode())
-    assert list(data.read_rows(tmp_path / "a.csv")) == [{"prompt": "x"}]
+    assert list(read_rows(tmp_path / "a.csv")) == [{"prompt": "x"}]
 
 
 def cut(path, keep):
@@ -315,7 +317,7 @@ def cut(path, keep):
 def test_a_damaged_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message.replace("line .", "line [0-9]+:")) as caught:
-        list(data.read_rows(tmp_path / name))
+        list(read_rows(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
@@ -324,29 +326,29 @@ def test_a_folder_stands_for_the_files_of_the_split(tmp_path):
         (tmp_path / part).mkdir()
         write_rows(tmp_path / part / "train.jsonl.gz", [{"chosen": part}])
         write_rows(tmp_path / part / "test.jsonl.gz", [{"chosen": "test"}])
-    assert [r["chosen"] for r in data.read_rows(tmp_path, "train")] == ["harmless", "helpful"]
+    assert [r["chosen"] for r in read_rows(tmp_path, "train")] == ["harmless", "helpful"]
     with pytest.raises(DataError, match="begins with 'validation'"):
-        list(data.read_rows(tmp_path, "validation"))
+        list(read_rows(tmp_path, "validation"))
 
 
 def test_local_files_are_looked_for_in_data_dir_then_in_the_workspace(config, tmp_path, monkeypatch):
     source = SourceSpec(hub="a/b", files=("x/one.jsonl",))
     (config.workspace / "x").mkdir(parents=True)
     write_rows(config.workspace / "x" / "one.jsonl", [{"chosen": "workspace"}])
-    assert list(data.iter_rows(source, config)) == [{"chosen": "workspace"}]
+    assert list(iter_rows(source, config)) == [{"chosen": "workspace"}]
     (tmp_path / "elsewhere" / "x").mkdir(parents=True)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "elsewhere"))
-    assert list(data.iter_rows(source, config)) == [{"chosen": "workspace"}]
+    assert list(iter_rows(source, config)) == [{"chosen": "workspace"}]
     write_rows(tmp_path / "elsewhere" / "x" / "one.jsonl", [{"chosen": "data dir"}])
-    assert list(data.iter_rows(source, config)) == [{"chosen": "data dir"}]
+    assert list(iter_rows(source, config)) == [{"chosen": "data dir"}]
     given = write_rows(tmp_path / "given.csv", [{"chosen": "given"}])
-    assert list(data.iter_rows(source, config, [given])) == [{"chosen": "given"}]
+    assert list(iter_rows(source, config, [given])) == [{"chosen": "given"}]
     with pytest.raises(DataError, match="no data file y.jsonl in"):
-        list(data.iter_rows(SourceSpec(hub="a/b", files=("x/one.jsonl", "y.jsonl")), config))
+        list(iter_rows(SourceSpec(hub="a/b", files=("x/one.jsonl", "y.jsonl")), config))
     with pytest.raises(DataError, match="no data file y.jsonl in"):
-        list(data.iter_rows(SourceSpec(files=("y.jsonl",)), config))
+        list(iter_rows(SourceSpec(files=("y.jsonl",)), config))
     with pytest.raises(DataError, match="no data file 'nope.csv'"):
-        list(data.iter_rows(source, config, ["nope.csv"]))
+        list(iter_rows(source, config, ["nope.csv"]))
 
 
 def test_the_hub_is_asked_where_there_are_no_files(config, monkeypatch):
@@ -362,15 +364,15 @@ def test_the_hub_is_asked_where_there_are_no_files(config, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = SourceSpec(hub="a/b", hub_data_dir="part", split="test", files=("nowhere.jsonl",))
-    assert list(data.iter_rows(source, config)) == [{"chosen": "hub"}]
+    assert list(iter_rows(source, config)) == [{"chosen": "hub"}]
     assert calls == [(("a/b",), {"data_dir": "part", "split": "test"})]
     calls.clear()
     source = SourceSpec(hub="scripted/set", hub_config="comparisons", split="validation")
-    assert list(data.iter_rows(source, config)) == [{"chosen": "hub"}]
+    assert list(iter_rows(source, config)) == [{"chosen": "hub"}]
     files = "hf://datasets/scripted/set@refs%2Fconvert%2Fparquet/comparisons/validation/*.parquet"
     assert calls[1] == (("parquet",), {"data_files": files, "split": "train"})
     with pytest.raises(DataError, match=r"cannot load gone/set \(train\) from the Hub \(ConnectionError"):
-        list(data.iter_rows(SourceSpec(hub="gone/set"), config))
+        list(iter_rows(SourceSpec(hub="gone/set"), config))
 
 
 # ----------------------------------------------------------------------------------------------------------- the CSV
@@ -514,8 +516,8 @@ def test_real_dialogues_give_disjoint_prompts_with_responses(config, monkeypatch
     spec = small.dataset("anthropic")
     prompts = {}
     for split, source in spec.splits.items():
-        assert data.describe_source(source, small).startswith(str(REAL))
-        rows = list(data.iter_rows(source, small))
+        assert describe_source(source, small).startswith(str(REAL))
+        rows = list(iter_rows(source, small))
         assert len(rows) == 2354 + 2312
         prompts[split], counts = data.build_prompts(spec, rows, Words(), hash_range=source.hash_range)
         assert sum(n for reason, n in counts.items() if reason != "rows read") == len(rows)
@@ -532,7 +534,7 @@ def test_real_dialogues_give_disjoint_prompts_with_responses(config, monkeypatch
 
 @real_data
 def test_real_posts_pass_the_published_limits(config, summary, tmp_path):
-    rows = list(data.iter_rows(SourceSpec(), config, [REAL / "tldr" / "oai1b.csv.gz"]))
+    rows = list(iter_rows(SourceSpec(), config, [REAL / "tldr" / "oai1b.csv.gz"]))
     assert len(rows) == 1945
     prompts, counts = data.build_prompts(summary, rows, Words())
     assert counts["kept"] > 500

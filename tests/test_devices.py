@@ -147,7 +147,7 @@ def test_adapters_are_read_on_the_cpu_whichever_gpu_is_asked_for(monkeypatch, ti
     from peft import LoraConfig, get_peft_model
 
     from tests.models_for_tests import causal_lm
-    from utils.models import load_policies
+    from utils.adapters import load_policies
 
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     get_peft_model(causal_lm("llama_full"), config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)

@@ -26,9 +26,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from utils import cli, hdf5_utils, pickled_trees, plain_pickle, report_points, runs, soups
-from utils.config import REPOSITORY, ConfigError, load_config
+from utils.config import REPOSITORY, load_config
 from utils.data import read_prompts
 from utils.given_answers import read_answers
+from utils.specs import ConfigError
 from utils.token_table import load_token_table, save_token_table
 from utils.trees import Tree
 
@@ -376,9 +377,9 @@ def adapter_folder() -> Path:
     from peft import get_peft_model
 
     from tests.models_for_tests import causal_lm
-    from utils.config import LoraSpec
-    from utils.models import lora_config
+    from utils.adapters import lora_config
     from utils.places import record_checksum
+    from utils.specs import LoraSpec
 
     torch.manual_seed(0)
     folder = workplace() / "adapter"

@@ -19,12 +19,14 @@ import mavis
 import split_data
 import train_value_model
 from tests import paper_models_for_tests as paper
-from utils import models, rewards
+from utils import models, rewards, value_models
+from utils.adapters import merge_adapter
 from utils.cli import DataError, run
 from utils.config import REPOSITORY, load_config
 from utils.decoding import decode
 from utils.policies import MavisPolicy
 from utils.text_formats import FORMATS
+from utils.value_models import load_value_model, vocabulary_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 CPU = torch.device("cpu")
@@ -63,7 +65,7 @@ def world(tmp_path_factory):
             ),
         )  # fmt: skip
         adapted.save_pretrained(folder / "lora", save_embedding_layers=False)
-        merged = models.merge_adapter(models.load_base(config, CPU)[0], folder / "lora")
+        merged = merge_adapter(models.load_base(config, CPU)[0], folder / "lora")
         merged.save_pretrained(folder / "ws" / "sft_model" / dataset.name)
         tokenizer.save_pretrained(folder / "ws" / "sft_model" / dataset.name)
     return SimpleNamespace(config=config, folder=folder, base=base, tokenizer=tokenizer)
@@ -105,7 +107,7 @@ def test_the_merged_reference_has_the_resized_vocabulary(world, name):
 
 
 def new_value_model(world, **options):
-    return models.new_value_model(world.config, world.tokenizer, len(world.tokenizer), CPU, **options)
+    return value_models.new_value_model(world.config, world.tokenizer, len(world.tokenizer), CPU, **options)
 
 
 def values_of(model, tokenizer, texts):
@@ -143,7 +145,7 @@ def test_a_value_model_is_trained_saved_and_loaded_to_the_same_values(world, tmp
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "help", save_embedding_layers=False)
 
-    loaded = models.load_value_model(world.config, tmp_path / "help", world.tokenizer, len(world.tokenizer), CPU)
+    loaded = load_value_model(world.config, tmp_path / "help", world.tokenizer, len(world.tokenizer), CPU)
     expected = values_of(model, world.tokenizer, texts)
     torch.testing.assert_close(values_of(loaded, world.tokenizer, texts), expected, atol=1e-5, rtol=1e-4)
     assert expected.std() > 0.1
@@ -266,14 +268,14 @@ def test_a_value_models_base_with_another_vocabulary_is_refused(world, tmp_path)
     file.write_text(json.dumps(data))
     config = load_config(file, world.config.workspace)
     with pytest.raises(DataError, match=r"other has another vocabulary than the reference .* tokens differ \(id 3 is"):
-        models.new_value_model(config, world.tokenizer, len(world.tokenizer), CPU)
+        value_models.new_value_model(config, world.tokenizer, len(world.tokenizer), CPU)
 
 
 def test_a_value_model_trained_for_another_vocabulary_is_refused(world, tmp_path):
     new_value_model(world).save_pretrained(tmp_path / "help", save_embedding_layers=False)
-    load = lambda: models.load_value_model(world.config, tmp_path / "help", world.tokenizer, len(world.tokenizer), CPU)  # noqa: E731
+    load = lambda: load_value_model(world.config, tmp_path / "help", world.tokenizer, len(world.tokenizer), CPU)  # noqa: E731
     load()  # an adapter without a record of ours is taken as it is
-    known = {"size": len(world.tokenizer), "hash": models.vocabulary_hash(world.tokenizer)}
+    known = {"size": len(world.tokenizer), "hash": vocabulary_hash(world.tokenizer)}
     (tmp_path / "help" / "metrics.json").write_text(json.dumps({"vocabulary": known}))
     load()
     (tmp_path / "help" / "metrics.json").write_text(json.dumps({"vocabulary": {"size": 99, "hash": "0"}}))

@@ -7,6 +7,7 @@ import yaml
 
 import utils.models
 import utils.rewards
+import utils.value_models
 from tests.toy_world import answers, run_folders, status
 from utils import evaluation
 from utils.cli import UsageError, parse_front, parse_weights
@@ -23,7 +24,7 @@ def loads(monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, **kw: seen.append(label(*a)) or original(*a, **kw))
 
     watch(utils.models, "load_reference", lambda *a: "reference")
-    watch(utils.models, "load_value_model", lambda config, folder, *a: folder.name)
+    watch(utils.value_models, "load_value_model", lambda config, folder, *a: folder.name)
     watch(utils.rewards, "RewardSet", lambda *a: "rewards")
     return seen
 
@@ -63,8 +64,8 @@ def test_points_are_the_runs_of_their_own_commands_from_one_load(script, loads, 
 
 
 def test_an_adapter_is_looked_at_once_however_many_points_it_serves(script, monkeypatch):
-    looked, look = [], utils.models.check_adapter_folder
-    monkeypatch.setattr(utils.models, "check_adapter_folder", lambda f, *a: looked.append(f.name) or look(f, *a))
+    looked, look = [], utils.value_models.check_adapter_folder
+    monkeypatch.setattr(utils.value_models, "check_adapter_folder", lambda f, *a: looked.append(f.name) or look(f, *a))
     once = ("mavis", "--obj_weights", "0.25,0.75", "--beta", 1)
     script(*once)
     counts = [len(looked)]
@@ -138,7 +139,7 @@ def test_value_models_of_several_points_are_loaded_once_and_share_an_untrained_b
     kept, models = {}, {}
     for names in (("low",), ("low", "even"), ("even",)):
         iterations = dict.fromkeys(names, 0)
-        models |= utils.models.load_value_models(config, None, iterations, tokenizer, 43, cpu, loaded=kept)
+        models |= utils.value_models.load_value_models(config, None, iterations, tokenizer, 43, cpu, loaded=kept)
     assert loads == ["reference", "low", "even"]
     assert models["low"].model is models["even"].model and models["low"].score is not models["even"].score
 
@@ -154,7 +155,7 @@ def test_of_stacked_value_models_no_base_but_the_first_stays_in_memory_for_the_n
 
     config, cpu = load_config(toy / "toy.yaml", toy / "workspace"), torch.device("cpu")
     _, tokenizer = utils.models.load_reference(config, config.dataset("toy"), cpu)
-    bases, alive, adapted = [], [], utils.models._adapted_value_model
+    bases, alive, adapted = [], [], utils.value_models._adapted_value_model
 
     def watched(*args):
         gc.collect()
@@ -163,13 +164,13 @@ def test_of_stacked_value_models_no_base_but_the_first_stays_in_memory_for_the_n
         bases.append(weakref.ref(model.get_base_model().model))
         return model
 
-    monkeypatch.setattr(utils.models, "_adapted_value_model", watched)
-    monkeypatch.setattr(utils.models, "_only_head_is_trained", lambda folder: False)
+    monkeypatch.setattr(utils.value_models, "_adapted_value_model", watched)
+    monkeypatch.setattr(utils.value_models, "_only_head_is_trained", lambda folder: False)
     folders, kept = [toy / "workspace" / "value_models", tmp_path / "again"], {}
     shutil.copytree(*folders)
     for folder in folders:
         iterations = {"low": 0, "even": 0}
-        utils.models.load_value_models(config, folder, iterations, tokenizer, 43, cpu, kept, adapters="stacked")
+        utils.value_models.load_value_models(config, folder, iterations, tokenizer, 43, cpu, kept, adapters="stacked")
     assert alive == [0, 1, 1, 1]  # the stack's backbone alone
 
 
@@ -419,7 +420,7 @@ def test_a_switch_reaches_the_policy_and_makes_another_run(script, monkeypatch):
     config = load_config(script.toy / "toy.yaml", script.workspace)
     spec, cpu = config.dataset("toy"), torch.device("cpu")
     reference, tokenizer = utils.models.load_reference(config, spec, cpu)
-    value = utils.models.load_value_models(config, None, {"low": 0}, tokenizer, 43, cpu)
+    value = utils.value_models.load_value_models(config, None, {"low": 0}, tokenizer, 43, cpu)
     policy = MavisPolicy(reference, value, {"low": 1.0}, beta=2.0, top_k=40, normalization="none", clip=None)
     prompts = encode_prompts(spec, tokenizer, read_prompts(prompts_csv(config, spec, "test"), config)[:4], 34)
     keys = [(0, i, t) for i in range(4) for t in range(2)]

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from tests.models_for_tests import VOCAB, causal_lm
 from utils import models, ppo
+from utils.adapters import load_policies
 from utils.cli import run
-from utils.config import REPOSITORY, PPOSpec, load_config
+from utils.config import REPOSITORY, load_config
 from utils.data import prompts_csv, read_prompts, write_prompts
+from utils.specs import PPOSpec
 
 sys.path.insert(0, str(REPOSITORY / "Finetuning" / "PPO"))
 import ppo as script
@@ -356,7 +358,7 @@ def test_the_script_leaves_an_ordinary_adapter_where_the_evaluation_looks(rival_
     for row in rows:
         assert float(row["reward"]) == pytest.approx(0.3 * float(row["reward_help"]) + 0.7 * float(row["reward_harm"]))
     base, _ = models.load_reference(world.config, world.config.dataset("anthropic"), CPU)
-    policy = models.load_policies(base, {"policy": folder})["policy"]
+    policy = load_policies(base, {"policy": folder})["policy"]
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():
         assert not torch.allclose(policy(ids).logits, base(ids).logits)
@@ -471,7 +473,7 @@ def test_the_alternative_trainers_take_the_same_arguments(rival_world, tmp_path,
         assert float(row["reward"]) == pytest.approx(mixed, abs=1e-5)
     assert yaml.safe_load((folder / "args.yaml").read_text())["settings"]["algorithm"] == algorithm
     base, _ = models.load_reference(rival_world.config, rival_world.config.dataset("anthropic"), CPU)
-    policy = models.load_policies(base, {"policy": folder})["policy"]
+    policy = load_policies(base, {"policy": folder})["policy"]
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():
         assert not torch.equal(policy(ids).logits, base(ids).logits)

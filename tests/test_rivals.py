@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests import brute_force
 from tests.models_for_tests import causal_lm
 from utils import models, rivals
+from utils.adapters import load_policies, merge_adapter
 from utils.cli import DataError, run
 from utils.config import REPOSITORY
 from utils.decoding import decode
@@ -112,7 +113,7 @@ def test_adapters_on_one_shared_base_mix_as_their_merged_models_do(name, tmp_pat
     slow = Mixture([merged(f, name) for f in folders.values()], [0.4, 0.6])
     base = causal_lm(name)
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    policies = models.load_policies(base, folders)
+    policies = load_policies(base, folders)
     policy = MixturePolicy(policies, {"p1": 0.4, "p2": 0.6}, top_k=6, temperature=0.7)
     assert_like_brute_force(policy, slow, causal_lm(name), PROMPTS, 0.7)
     assert_like_brute_force(policy, slow, base, PROMPTS, 0.7)  # the base itself is still the reference
@@ -124,11 +125,11 @@ def test_adapters_on_one_shared_base_mix_as_their_merged_models_do(name, tmp_pat
 def test_adapters_share_one_base(tmp_path):
     folders = {s: write_adapter(tmp_path / s, "llama_full", i) for i, s in enumerate("ab")}
     base = causal_lm("llama_full")
-    first = models.load_policies(base, {"a": folders["a"]})["a"]
+    first = load_policies(base, {"a": folders["a"]})["a"]
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         alone = first(ids).logits
-        both = models.load_policies(base, folders)  # as a later point of a front would: nothing is loaded twice
+        both = load_policies(base, folders)  # as a later point of a front would: nothing is loaded twice
         assert first.adapter == both["a"].adapter != both["b"].adapter and first.base is both["b"].base is base
         assert not torch.allclose(both["b"](ids).logits, alone)
         assert torch.equal(both["a"](ids).logits, alone) and torch.equal(first(ids).logits, alone)
@@ -317,7 +318,7 @@ def test_the_kl_of_a_policy_is_its_own_log_probability_less_the_references(evalu
     dataset = policies.config.dataset("anthropic")
     base, tokenizer = models.load_reference(policies.config, dataset, CPU)
     adapter = policies.ws / "morlhf" / "anthropic" / "help_harm" / "morlhf_0.4"
-    own = models.merge_adapter(models.load_reference(policies.config, dataset, CPU)[0], adapter)
+    own = merge_adapter(models.load_reference(policies.config, dataset, CPU)[0], adapter)
     from utils.data import encode_prompts
 
     for sample in read_samples(folder):

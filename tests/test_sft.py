@@ -15,7 +15,8 @@ import yaml
 from tests.paper_base_for_tests import build_base, build_tokenizer, paper_config
 from utils import data, models
 from utils.cli import DataError, pin_gpu, run
-from utils.config import REPOSITORY, LoraSpec, SFTSpec
+from utils.config import REPOSITORY
+from utils.specs import LoraSpec, SFTSpec
 from utils.text_formats import FORMATS
 
 sys.path.insert(0, str(REPOSITORY / "Finetuning" / "SFT"))

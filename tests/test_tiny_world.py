@@ -256,7 +256,7 @@ def test_a_complete_world_is_left_alone(made, capsys):
 
 def test_train_and_test_prompts_are_disjoint_and_distinct(made):
     from utils.config import load_config
-    from utils.data import iter_rows
+    from utils.rows import iter_rows
     from utils.text_formats import format_of
 
     config = load_config("tiny", made)

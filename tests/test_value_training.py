@@ -25,7 +25,6 @@ from utils import training_output
 from utils.cached_models import without_adapter
 from utils.checkpoint import Checkpoint
 from utils.cli import DataError, UsageError
-from utils.config import LoraSpec, TrainingSpec
 from utils.fit_measures import (
     correlation,
     correlation_gain,
@@ -38,6 +37,7 @@ from utils.hdf5_utils import consolidate, read_trees, write_structure, write_tre
 from utils.head_starts import BETWEEN, RIDGES, fit_ridges, start_at_mean, start_at_ridge
 from utils.node_values import head_weight, predict, read_states
 from utils.optimization import linear_schedule
+from utils.specs import LoraSpec, TrainingSpec
 from utils.tree_examples import Example, make_examples, node_targets, training_nodes, validation_nodes
 from utils.tree_layouts import collate, lay_out, make_units, passes, unit_tokens
 from utils.trees import Tree, back_up

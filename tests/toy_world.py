@@ -50,7 +50,8 @@ def make_toy(folder):
 
     from utils.config import load_config
     from utils.data import prompts_csv, write_prompts
-    from utils.models import load_tokenizer, new_value_model
+    from utils.models import load_tokenizer
+    from utils.value_models import new_value_model
 
     (folder / "toy_rewards.py").write_text(REWARDS)
     (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG))

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
-from utils.config import ArmSpec
 from utils.decoding import decode
 from utils.files import write_atomically, write_csv
 from utils.optimization import add_up, linear_schedule, seed_of
 from utils.policies import ReferencePolicy
 from utils.ppo import Texts, gathered, lay_out
+from utils.specs import ArmSpec
 from utils.tilting import widened
 
 LOG_FILE, PAIRS_FILE = "training_log.csv", "pairs.json"

@@ -12,7 +12,8 @@ import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 
-from utils.config import Config, ConfigError, load_config, nearest
+from utils.config import load_config
+from utils.specs import Config, ConfigError, nearest
 
 PATIENCE = 3.0  # seconds that a process other than the first waits before it says an error
 

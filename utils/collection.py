@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils import cli
-from utils.config import Config, DatasetSpec
+from utils.specs import Config, DatasetSpec
 from utils.trees import Tree
 
 if TYPE_CHECKING:

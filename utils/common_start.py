@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec, TrainingSpec
 from utils.hdf5_utils import read_trees
 from utils.head_starts import Ridge, fit_ridges, start_at_mean, start_at_ridge
-from utils.models import has_bfloat16, load_tokenizer, new_value_model, resolved_config, vocabulary_size
+from utils.models import has_bfloat16, load_tokenizer, resolved_config, vocabulary_size
 from utils.node_values import read_states
 from utils.places import reference_path
+from utils.specs import Config, DatasetSpec, TrainingSpec
 from utils.training_output import is_complete
 from utils.tree_examples import Example, make_examples, training_nodes, validation_nodes
 from utils.trees import Tree
+from utils.value_models import new_value_model
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from utils.cli import DataError
 from utils.completions import Completion
-from utils.data import read_rows
 from utils.decoding import read_by
+from utils.rows import read_rows
 from utils.summaries import mean_and_error
 
 FEW = 20  # answers, of which a mean says little

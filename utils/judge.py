@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec
 from utils.files import write_atomically
+from utils.specs import Config, DatasetSpec
 
 FORMAT = 1
 MAX_WORDS, MIN_TEXTS = 5000, 3

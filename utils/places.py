@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import DataError, found
-from utils.config import Config, DatasetSpec, ObjectiveSpec
 from utils.files import write_json
+from utils.specs import Config, DatasetSpec, ObjectiveSpec
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "metrics.json"  # beside an adapter: what it was made from

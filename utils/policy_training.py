@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from utils import models, ppo
+from utils.adapters import new_policy
 from utils.cached_models import context_length
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec, PPOSpec
 from utils.data import encode_prompts
 from utils.rewards import RewardSet
+from utils.specs import Config, DatasetSpec, PPOSpec
 from utils.tracking import Tracker
 from utils.training_output import discarded_unless_begun
 
@@ -51,7 +52,7 @@ def train_policy(
     dtype = torch.float32 if device.type == "cpu" and config.cpu_dtype != "float64" else None
     with discarded_unless_begun(task.folder, main_process=accelerator.is_main_process):
         if task.algorithm == "ppo":
-            model, tokenizer = models.new_policy(
+            model, tokenizer = new_policy(
                 config, dataset, spec.lora, device, path=task.base, dtype=dtype, seed=spec.seed
             )
         else:  # TRL puts the adapter on itself

@@ -48,11 +48,11 @@ from torch import Tensor, nn
 from utils import tilting
 from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
-from utils.config import PPOSpec
 from utils.decoding import decode
 from utils.files import write_atomically, write_csv, write_json
 from utils.optimization import add_up
 from utils.policies import ReferencePolicy
+from utils.specs import PPOSpec
 from utils.training_output import METRICS, save_adapter
 
 LOG_FILE, PLOT_FILE, HEAD_FILE = "training_log.csv", "training_log.png", "value_head.safetensors"

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.cli import DataError, progress
-from utils.config import Config, DatasetSpec, ObjectiveSpec, SourceSpec
-from utils.data import in_hash_range, iter_rows
+from utils.data import in_hash_range
+from utils.rows import iter_rows
+from utils.specs import Config, DatasetSpec, ObjectiveSpec, SourceSpec
 from utils.text_formats import ASSISTANT, RowDropped, format_of, last_turn, shown_to_reference
 
 TRUE, FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")

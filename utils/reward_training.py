@@ -16,11 +16,11 @@ import torch
 
 from utils import cli, models, pooled_reward
 from utils.cached_models import context_length
-from utils.config import Config, ObjectiveSpec, RewardTrainingSpec
 from utils.files import write_atomically
 from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
 from utils.preferences import Conversation, LabelledText, Pair, dataset_of, read_labelled, read_pairs
 from utils.rewards import RewardSet, text_before_response
+from utils.specs import Config, ObjectiveSpec, RewardTrainingSpec
 from utils.text_formats import fill, reward_text
 
 HOLDOUT_LABELS = 1000  # held-out labelled texts: an interval of 1 to 3 points

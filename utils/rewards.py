@@ -20,10 +20,10 @@ from utils import models
 from utils.batching import length_batches, pad_right
 from utils.cached_models import context_length
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec, ObjectiveSpec
 from utils.places import training_command
 from utils.pooled_reward import PooledHead, encode_texts, load_head, pooled_features, trunk_fingerprint
 from utils.prefix_tree import ROW_TOKENS, classifies_rows, read_rows
+from utils.specs import Config, DatasetSpec, ObjectiveSpec
 from utils.text_formats import fill, format_of, reward_text, shown_to_reference
 
 TOKEN_BUDGET = 8192  # tokens of a batch, padding included

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.cli import DataError
-from utils.config import Config, DatasetSpec
 from utils.places import RECORD, check_adapter_folder, reference_path
 from utils.provenance import fingerprint
+from utils.specs import Config, DatasetSpec
 from utils.summaries import describe_weights
 
 # A weighting of one objective alone is the same policy for all three methods: one run, which is an end of each front.
@@ -160,7 +160,7 @@ def arm_checkpoints(settings, root: str | None) -> dict[str, tuple[str, str]]:
 
 def load_adapters(settings, reference, checkpoints: Mapping[str, tuple[str, str]]) -> list:
     """The checkpoints' policies as adapters on the reference, in their order."""
-    from utils.models import load_policies
+    from utils.adapters import load_policies
 
     base, _ = reference_path(settings.config, settings.spec)
     for what, (folder, made_by) in checkpoints.items():

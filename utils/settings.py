@@ -21,7 +21,7 @@ from utils.cli import (
     parse_front,
     parse_weights,
 )
-from utils.config import NORMALIZATIONS, Config, DatasetSpec, nearest
+from utils.specs import NORMALIZATIONS, Config, DatasetSpec, nearest
 
 # Decoding of the published versions. Without normalisation v1 clips beta * value; v3 does not, and forbids an empty
 # answer.

@@ -106,8 +106,8 @@ def steering_method(
 
     def build(settings: Settings, models: Models):
         from utils.candidates import load_candidate_head
-        from utils.models import load_value_models
         from utils.policies import CandidatePolicy, MavisPolicy
+        from utils.value_models import load_value_models
 
         loaded = load_value_models(
             settings.config,

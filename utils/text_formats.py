@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from utils.config import ConfigError, DatasetSpec, nearest
+from utils.specs import ConfigError, DatasetSpec, nearest
 
 
 class RowDropped(Exception):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from utils.config import NORMALIZATIONS
+from utils.specs import NORMALIZATIONS
 
 EPS = 1e-6  # of the published min-max normalisation
 CLIP = 6.0  # v1 without normalisation: beta * value is at most this

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import models, ppo
+from utils import ppo
+from utils.adapters import lora_config
 from utils.cli import DataError, UsageError
-from utils.config import PPOSpec
 from utils.files import write_json
 from utils.models import has_bfloat16
 from utils.places import last_checkpoint
+from utils.specs import PPOSpec
 from utils.training_output import METRICS, MODEL_CARD, STATE, save_adapter
 
 
@@ -122,7 +123,7 @@ def train_with_trl(
         args=arguments,
         train_dataset=Dataset.from_list(shown),
         processing_class=tokenizer,
-        peft_config=models.lora_config(spec.lora),
+        peft_config=lora_config(spec.lora),
         callbacks=[Begun()],
     )
     trainer.remove_callback(PrinterCallback)  # training_log.csv has the rows

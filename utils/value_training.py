@@ -18,11 +18,11 @@ import torch
 
 from utils.checkpoint import Checkpoint
 from utils.cli import DataError, progress
-from utils.config import TrainingSpec
 from utils.files import write_csv
 from utils.fit_measures import validation_report
 from utils.node_values import head_weight, node_values, predict, values_of_states
 from utils.optimization import add_up, linear_schedule, seed_of
+from utils.specs import TrainingSpec
 from utils.tree_examples import Example, fingerprint
 from utils.tree_layouts import TOKENS_PER_PASS, Unit, collate, lay_out, make_units, passes, unit_tokens
 

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
 from utils.cli import UsageError, add_common, config_from, found, objectives_of, overridden, report_dry_run, run
-from utils.config import ArmSpec, Config, DatasetSpec, ObjectiveSpec, number_problem
+from utils.config import number_problem
 from utils.files import lets_go
 from utils.places import reference_path, reward_rows
+from utils.specs import ArmSpec, Config, DatasetSpec, ObjectiveSpec
 
 PAIRS = ("reward", "preference")
 
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import Accelerator
 
     from utils import arm, models, provenance, training_output
+    from utils.adapters import new_policy
     from utils.cached_models import context_length
     from utils.tracking import Tracker
 
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     accelerator.print(f"autoregressive reward model of {objective.name}: {partial} until it is complete, then {folder}")
     with training_output.discarded_unless_begun(partial, main_process=accelerator.is_main_process):
-        model, tokenizer = models.new_policy(config, dataset, spec.lora, device, seed=spec.seed)
+        model, tokenizer = new_policy(config, dataset, spec.lora, device, seed=spec.seed)
         if args.pairs == "preference":
             pairs = arm.human_pairs(config, dataset, objective, tokenizer, context_length(model))
         else:

@@ -36,9 +36,10 @@ from utils.cli import (
     report_dry_run,
     run,
 )
-from utils.config import Config, DatasetSpec, PPOSpec, number_problem
+from utils.config import number_problem
 from utils.files import lets_go
 from utils.places import reference_path, reward_rows
+from utils.specs import Config, DatasetSpec, PPOSpec
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
 

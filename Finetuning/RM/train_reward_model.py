@@ -121,7 +121,7 @@ def _train(args, config, spec, output: Path, source, holdout, device) -> dict:
 
 
 def _dry_run(config, spec, output: Path, data_files) -> int:
-    from utils.data import describe_source
+    from utils.rows import describe_source
 
     base = config.locate(config.base_model.path)
     rows = [("base model", base, cli.found(base, config.base_model.made_by))]

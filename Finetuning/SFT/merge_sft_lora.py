@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
-from utils.config import Config
 from utils.files import hold, lets_go, whole_folder
+from utils.specs import Config
 
 RECORD = "merge.json"  # written last into the merged model's folder: what it was made from
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from utils import models
+    from utils.adapters import merge_adapter
     from utils.tracking import Tracker
 
     cpu = torch.device("cpu")
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = own if args.dtype == "auto" else getattr(torch, args.dtype)
     torch.manual_seed(recorded.get("seed", 0))  # sft.py drew the embedding of an added token so
     model, tokenizer = models.load_base(config, cpu, torch.float32)
-    model = models.merge_adapter(model, adapter).to(dtype)
+    model = merge_adapter(model, adapter).to(dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(output, model, tokenizer, made_from)
     with Tracker(args.wandb, "merge_sft_lora", output.name, made_from) as tracker:

@@ -35,9 +35,9 @@ from utils.cli import (
     report_dry_run,
     run,
 )
-from utils.config import Config, DatasetSpec, SFTSpec
 from utils.files import command_line, hold, lets_go, same_setting, whole_folder
 from utils.places import last_checkpoint
+from utils.specs import Config, DatasetSpec, SFTSpec
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
 
@@ -283,7 +283,7 @@ def train(model, tokenizer, examples: list[dict], spec: SFTSpec, arguments, resu
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    from utils.models import lora_config
+    from utils.adapters import lora_config
     from utils.trl_trainers import train_from
 
     if not sys.stderr.isatty():
@@ -332,12 +332,13 @@ def main(argv: list[str] | None = None) -> int:
     dataset = config.dataset(args.exp_type)
     spec = training_spec(args, dataset)
     from utils import data
+    from utils.rows import describe_source, iter_rows, local_files
 
     if args.base_model_name:
         given = dataclasses.replace(config.base_model, path=args.base_model_name, made_by="")
         config = dataclasses.replace(config, base_model=given)
     source = data.split_source(dataset, "train")
-    origin = data.describe_source(source, config, args.data_files)
+    origin = describe_source(source, config, args.data_files)
     base = config.locate(config.base_model.path)
     folder = adapter_folder(args, config, dataset)
     if args.dry_run:
@@ -349,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
             ]
         )
         return 0
-    files = data.local_files(source, config, args.data_files)
+    files = local_files(source, config, args.data_files)
     settings = settings_of(config, dataset, spec, origin, files, args.gradient_accumulation_steps)
     hold(folder)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
@@ -375,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(spec.seed)  # for the embedding of an added token: merging draws the same one
     dtype = models.pick_dtype(config, device) if arguments.bf16 and device.type == "cuda" else torch.float32
     model, tokenizer = models.load_base(config, torch.device("cpu"), dtype)
-    rows = data.iter_rows(source, config, args.data_files)
+    rows = iter_rows(source, config, args.data_files)
     examples, counts = build_examples(dataset, rows, tokenizer, spec, source.hash_range)
     if is_main:
         print(f"{dataset.name} train, from {origin}")
