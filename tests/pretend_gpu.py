@@ -8,6 +8,7 @@ import contextlib
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -142,7 +143,9 @@ def pretended_gpu():
         "empty_cache": lambda: None,
         "is_initialized": lambda: True,
     }
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is the process's, and of the device that it first saw
     with contextlib.ExitStack() as stack:
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(Placing())
