@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import rivals
 from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
-from utils.files import hold, lets_go, whole_folder
+from utils.files import hold, is_made, lets_go, whole_folder
 from utils.places import check_adapter_folder, record_checksum
 
 
@@ -85,19 +85,6 @@ def write_adapter(output: Path, adapter_config: dict, tensors: dict, record: dic
         record_checksum(part)
 
 
-def is_complete(output: Path, made_from: dict, rerun: bool) -> bool:
-    """Whether this soup is there and stays; only what this script made is ever replaced (DataError)."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if "made_from" not in rivals.read_record(output):
-        raise DataError(f"{output} exists and holds no merged adapter of this script; give another --output_dir")
-    if rerun:
-        return False
-    if rivals.read_record(output)["made_from"] != made_from:
-        raise DataError(f"{output} was merged from other adapters or weights; give another --output_dir, or --rerun")
-    return True
-
-
 @lets_go
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -122,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"the adapters were trained on different bases: {', '.join(map(str, bases.values()))}")
     made_from = {str(f): [fingerprint(f), w] for f, w in zip(folders, weights, strict=True)}
     hold(output)
-    if is_complete(output, made_from, args.rerun):
+    known = rivals.read_record(output).get("made_from")
+    if is_made(output, known, made_from, rerun=args.rerun, what="merged adapter", option="--output_dir"):
         print(f"the merged adapter is complete: {output} (--rerun makes it again)")
         return 0
     adapter_config, tensors = soups.average_adapters([soups.read_adapter(f) for f in folders], weights)

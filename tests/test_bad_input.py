@@ -443,9 +443,8 @@ def test_reward_models_are_not_trained_on_bad_input_and_replace_nothing(world, f
     arguments = [*map(str, train[1:]), "--config", config, "--device", "cpu"]
     assert run(lambda: train_reward_model.main(arguments)) == 0
     kept = {"unchanged": [tmp_path], "config": config}
-    fails(
-        *train, "--lr", 0.5, **kept, status=1, said=["was made with other arguments (lr: 0.0001, now 0.5)", "--rerun"]
-    )
+    said = ["holds the reward model of other settings (lr: 0.0001, now 0.5)", "--rerun"]
+    fails(*train, "--lr", 0.5, **kept, status=1, said=said)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("x")
     mine = (*train[:-1], tmp_path / "thesis")

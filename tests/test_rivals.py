@@ -237,7 +237,7 @@ def test_a_soup_is_made_once_and_only_soups_are_replaced(tmp_path, capsys):
     assert merge.main([*argv, "0.1", "0.9", "--rerun"]) == 0
     argv[argv.index(str(out))] = str(a)
     assert run(lambda: merge.main([*argv, "0.5", "0.5", "--rerun"])) == 1
-    assert "holds no merged adapter" in capsys.readouterr().err
+    assert "holds no complete merged adapter" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -143,6 +143,12 @@ def same_setting(known, now) -> bool:
     return bool(paths) and not os.path.isabs(now) and known.endswith("/" + now)
 
 
+def differing(known: Mapping, now: Mapping) -> str:
+    """How recorded settings differ from the present ones, in words; "" where they do not."""
+    names = [n for n in dict.fromkeys((*now, *known)) if not same_setting(known.get(n), now.get(n))]
+    return "; ".join(f"{n}: {known.get(n)!r}, now {now.get(n)!r}" for n in names)
+
+
 def flat(data: Mapping, separator: str = ".", place: str = "") -> dict:
     """Nested mappings as one, their keys joined by the separator."""
     found = {}
@@ -150,6 +156,15 @@ def flat(data: Mapping, separator: str = ".", place: str = "") -> dict:
         name = f"{place}{key}"
         found |= flat(value, separator, name + separator) if isinstance(value, Mapping) else {name: value}
     return found
+
+
+def read_json(path: Path) -> dict | None:
+    """A file's mapping; None where there is no such file, or another content."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def write_json(path: Path, data: Mapping) -> None:
@@ -212,6 +227,30 @@ def clear(folder: Path) -> None:
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
+
+
+def is_made(folder: Path, known: Mapping | None, now: Mapping, *, rerun: bool, what: str, option: str) -> bool:
+    """Whether `folder` holds what these settings make, and it stays.
+
+    Args:
+        known: what the folder records of its settings; None where it has no such record.
+        what, option: is made there, and says where, for messages.
+
+    Raises:
+        DataError: the folder holds something else. Only what has a record is ever replaced, where `rerun` asks for it.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if known is None:
+        raise DataError(f"{folder} exists and holds no complete {what}; give another {option}")
+    if rerun:
+        return False
+    if different := differing(known, now):
+        raise DataError(
+            f"{folder} holds the {what} of other settings ({different}); give another {option}, or --rerun to replace "
+            "it"
+        )
+    return True
 
 
 # -------------------------------------------------------------------------------------------- one process at a time

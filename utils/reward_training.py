@@ -16,7 +16,7 @@ import torch
 
 from utils import cli, models, pooled_reward
 from utils.cached_models import context_length
-from utils.files import write_atomically
+from utils.files import read_json, write_atomically
 from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
 from utils.preferences import Conversation, LabelledText, Pair, dataset_of, read_labelled, read_pairs
 from utils.rewards import RewardSet, text_before_response
@@ -309,31 +309,7 @@ def write_metrics(output: Path, metrics: dict) -> None:
 
 def read_metrics(output: Path) -> dict:
     """What an earlier run reported, or {}."""
-    try:
-        return json.loads((output / METRICS).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def is_complete(output: Path, arguments: dict, rerun: bool) -> bool:
-    """Whether a fine-tuned reward model of these arguments is there and stays.
-
-    Raises:
-        DataError: the folder holds something else. Only what this script completed is ever replaced, if asked to.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    known = read_metrics(output).get("arguments")
-    if known is None:
-        raise cli.DataError(
-            f"{output} exists and holds no complete reward model; give another --output_dir, or remove it"
-        )
-    if rerun:
-        return False
-    if different := [n for n in sorted({*known, *arguments}) if known.get(n) != arguments.get(n)]:
-        listed = "; ".join(f"{n}: {known.get(n)!r}, now {arguments.get(n)!r}" for n in different)
-        raise cli.DataError(f"{output} was made with other arguments ({listed}); give another --output_dir, or --rerun")
-    return True
+    return read_json(output / METRICS) or {}
 
 
 def summary(name: str, metrics: dict) -> str:

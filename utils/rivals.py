@@ -12,11 +12,11 @@ the reference. Nothing heavy is imported at the top.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.cli import DataError
+from utils.files import read_json
 from utils.places import RECORD, check_adapter_folder, reference_path
 from utils.provenance import fingerprint
 from utils.specs import Config, DatasetSpec
@@ -96,11 +96,7 @@ def arm_command(config: Config, dataset: DatasetSpec, objective: str, folder: st
 
 def read_record(folder: str | Path) -> dict:
     """What a script of the project wrote beside an adapter; {} for an adapter from elsewhere."""
-    try:
-        record = json.loads((Path(folder) / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_json(Path(folder) / RECORD) or {}
 
 
 def check_policy_adapter(folder: str | Path, what: str, made_by: str, base: str | Path) -> None:

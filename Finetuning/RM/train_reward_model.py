@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli
 from utils.config import number_problem
-from utils.files import hold, lets_go, whole_folder
+from utils.files import hold, is_made, lets_go, whole_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -84,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = training.arguments_of(spec.training, args.bf16, args.data_files)
     hold(output)
     done = training.read_metrics(output)
-    if spec.training.head == "full" and training.is_complete(output, arguments, args.rerun):
+    if spec.training.head == "full" and is_made(
+        output, done.get("arguments"), arguments, rerun=args.rerun, what="reward model", option="--output_dir"
+    ):
         print(f"{output} is complete (--rerun trains it again)\n{training.summary(spec.name, done)}")
         return 0
 

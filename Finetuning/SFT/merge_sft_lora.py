@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
-from utils.files import hold, lets_go, whole_folder
+from utils.files import hold, is_made, lets_go, read_json, whole_folder
 from utils.specs import Config
 
 RECORD = "merge.json"  # written last into the merged model's folder: what it was made from
@@ -86,20 +86,6 @@ def output_folder(args: Namespace, config: Config, recorded: dict, adapter: Path
     return config.default_path("sft_model", name)
 
 
-def is_complete(folder: Path, made_from: dict, rerun: bool) -> bool:
-    """Whether this merged model is there and stays; only what this script made is ever replaced (DataError)."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    record = folder / RECORD
-    if not record.is_file():
-        raise DataError(f"{folder} holds files that were not made by merging; give another --output_dir")
-    if rerun:
-        return False
-    if json.loads(record.read_text()) != made_from:
-        raise DataError(f"{folder} was merged from another adapter or base; give another --output_dir, or --rerun")
-    return True
-
-
 def write_model(folder: Path, model, tokenizer, made_from: dict) -> None:
     """Model, tokenizer and record, in a folder that appears whole or not at all."""
     with whole_folder(folder) as part:
@@ -118,8 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         given = dataclasses.replace(config.base_model, path=args.base_model_name, made_by="")
         config = dataclasses.replace(config, base_model=given)
     adapter = find_adapter(args, config)
-    settings = adapter / "settings.json"
-    recorded = json.loads(settings.read_text()) if settings.is_file() else {}
+    recorded = read_json(adapter / "settings.json") or {}
     output = output_folder(args, config, recorded, adapter)
     base = config.locate(config.base_model.path)
     if args.dry_run:
@@ -141,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     made_from = {"base": fingerprint(base), "adapter": fingerprint(adapter), "dtype": args.dtype}
     hold(output)
-    if is_complete(output, made_from, args.rerun):
+    known = read_json(output / RECORD)
+    if is_made(output, known, made_from, rerun=args.rerun, what="merged model", option="--output_dir"):
         print(f"the merged model is complete: {output} (--rerun makes it again)")
         return 0
 

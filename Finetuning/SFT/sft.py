@@ -35,8 +35,19 @@ from utils.cli import (
     report_dry_run,
     run,
 )
-from utils.files import command_line, hold, lets_go, same_setting, whole_folder
+from utils.files import (
+    command_line,
+    differing,
+    hold,
+    is_made,
+    lets_go,
+    read_json,
+    temporary_name,
+    whole_folder,
+    write_atomically,
+)
 from utils.places import last_checkpoint
+from utils.sharding import this_process
 from utils.specs import Config, DatasetSpec, SFTSpec
 
 ARGUMENTS, LOG, SETTINGS = "args.yaml", "training_log.csv", "settings.json"
@@ -166,49 +177,15 @@ def build_examples(
     return examples, counts
 
 
-def differences(file: Path, settings: dict) -> str:
-    """How the settings that `file` records differ from these, in words; "" if they do not.
-
-    Raises:
-        DataError: there is no such file, or it is not readable.
-    """
-    try:
-        recorded = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise DataError(
-            f"{file.parent} is not empty and has no readable {file.name}; give another --save_directory, "
-            "or a --wandb_name, which makes a folder below it"
-        ) from None
-    names = [n for n in dict.fromkeys((*settings, *recorded)) if not same_setting(recorded.get(n), settings.get(n))]
-    return "; ".join(f"{n}: {recorded.get(n)!r}, now {settings.get(n)!r}" for n in names)
-
-
-def is_complete(folder: Path, settings: dict, rerun: bool) -> bool:
-    """Whether the adapter of these settings is there and stays.
-
-    Raises:
-        DataError: the folder holds something else. Only an adapter that this script made is ever replaced.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    different = differences(folder / SETTINGS, settings)
-    if rerun:
-        return False
-    if different:
-        raise DataError(
-            f"{folder} holds an adapter of other settings ({different}); "
-            "give another --save_directory or --wandb_name, or --rerun to replace it"
-        )
-    return True
-
-
 def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     """Make the folder of the checkpoints, or check that those that are there belong to these settings."""
-    from utils.files import write_atomically
-
-    begun = folder.exists() and any(p.name != f".{SETTINGS}.tmp" for p in folder.iterdir())
-    if begun:  # else it was made, and nothing was written there
-        different = differences(folder / SETTINGS, settings)
+    torn = temporary_name(folder / SETTINGS).name  # all that a kill may leave of a folder in which nothing was written
+    begun = folder.exists() and any(p.name != torn for p in folder.iterdir())
+    known = read_json(folder / SETTINGS)
+    if begun and known is None:
+        raise DataError(f"{folder} holds no checkpoints of this script; give another --save_directory or --wandb_name")
+    if begun:
+        different = differing(known, settings)
         if different and last_checkpoint(folder) and not rerun:
             raise DataError(f"{folder} is of other settings ({different}); go on with those, or --rerun to start over")
         if different or rerun:
@@ -352,11 +329,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     files = local_files(source, config, args.data_files)
     settings = settings_of(config, dataset, spec, origin, files, args.gradient_accumulation_steps)
-    hold(folder)
+    first = this_process().first
+    if first:
+        hold(folder)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
-    if is_complete(folder, settings, args.rerun):
-        shutil.rmtree(checkpoints, ignore_errors=True)  # killed before they were removed
-        print(f"the adapter is complete: {folder} (--rerun trains it again)")
+    option = "--save_directory, or a --wandb_name, which makes a folder below it"
+    if is_made(folder, read_json(folder / SETTINGS), settings, rerun=args.rerun, what="adapter", option=option):
+        if first:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # killed before they were removed
+            print(f"the adapter is complete: {folder} (--rerun trains it again)")
         return 0
 
     start = time.monotonic()
