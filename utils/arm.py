@@ -111,6 +111,7 @@ def reference_pairs(
     from utils.cached_models import context_length
     from utils.data import encode_prompts
     from utils.rewards import RewardSet
+    from utils.text_formats import answer_texts
 
     if file.is_file():
         return read_pairs(file)
@@ -119,8 +120,7 @@ def reference_pairs(
     rewards = RewardSet(config, dataset, [objective], next(model.parameters()).device)
 
     def score(indices, responses):
-        answers = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
-        return rewards.score([texts[i] for i in indices], answers)[objective]
+        return rewards.score([texts[i] for i in indices], answer_texts(tokenizer, responses))[objective]
 
     with model.disable_adapter():
         pairs = sample_pairs(

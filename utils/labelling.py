@@ -13,6 +13,7 @@ from utils import cli
 from utils.hdf5_utils import read_tree, tree_indices, update_tree, value_names
 from utils.rewards import RewardSet
 from utils.sharding import Alone, Claims, share
+from utils.text_formats import answer_texts
 from utils.trees import Tree, expected_log_ratio
 
 CHUNK = 32  # prompts whose trees' leaves are scored together: what a process takes at a time
@@ -20,7 +21,7 @@ CHUNK = 32  # prompts whose trees' leaves are scored together: what a process ta
 
 def leaf_texts(tree: Tree, tokenizer) -> list[str]:
     """The response of each leaf, in the order of `tree.leaves`."""
-    return tokenizer.batch_decode([tree.response_tokens(n) for n in tree.leaves], skip_special_tokens=True)
+    return answer_texts(tokenizer, [tree.response_tokens(n) for n in tree.leaves])
 
 
 def label_trees(

@@ -256,6 +256,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     from utils.data import encode_prompts
     from utils.decoding import read_by
     from utils.graphs import graphs_for
+    from utils.text_formats import answer_texts
 
     by_default = settings.config.decoding.cuda_graphs and method.decodes
     graphs = graphs_for(models.device, settings.cuda_graphs, by_default)
@@ -292,7 +293,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     work = {what: method.beams_per_candidate * each for what, each in policy.work().items()}
 
     def to_text(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return answer_texts(tokenizer, [ids])[0]
 
     read = None
     if method.own_model and settings.track_kl:

@@ -16,6 +16,7 @@ from utils.cli import DataError
 from utils.data import encode_prompts
 from utils.rewards import RewardSet
 from utils.specs import Config, DatasetSpec, PPOSpec
+from utils.text_formats import answer_texts
 from utils.tracking import Tracker
 from utils.training_output import discarded_unless_begun
 
@@ -64,8 +65,7 @@ def train_policy(
         rewards = RewardSet(config, dataset, list(task.weights), device)
 
     def score(indices: Sequence[int], responses: Sequence[Sequence[int]]) -> Mapping[str, np.ndarray]:
-        answers = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
-        return rewards.score([task.texts[i] for i in indices], answers)
+        return rewards.score([task.texts[i] for i in indices], answer_texts(tokenizer, responses))
 
     record = {
         "kind": task.algorithm, "dataset": dataset.name, "label": config.label, "weights": task.weights,

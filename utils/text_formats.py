@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.specs import ConfigError, DatasetSpec, nearest
@@ -49,6 +49,12 @@ def _unicode(text: str) -> str:
 def _first_text(row: Mapping, names: tuple[str, ...]) -> str:
     """The first non-empty text among these columns, or ""."""
     return next((text for text in (_text(row.get(name)) for name in names) if text.strip()), "")
+
+
+def answer_texts(tokenizer, responses: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of answers given as token ids, as rewards read them and files keep them, wherever answers come from:
+    without special tokens, and without the white space around them that a length limit or a template leaves."""
+    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
 
 # What a response is called in tables that were already split into prompt and response.
