@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         check_adapter_folder(folders[name], f"value model of {name}", made_by[name])
 
     from utils import candidates, models
-    from utils.cached_models import context_length
+    from utils.cached_models import attended_length
     from utils.data import encode_prompts, prompts_csv, read_prompts
     from utils.provenance import fingerprint
     from utils.tracking import Tracker
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     size = models.vocabulary_size(reference)
     value_models = load_value_models(config, args.value_model_dir, iterations, tokenizer, size, device)
     texts = read_prompts(prompts_csv(config, dataset, "train"), config)[: args.num_prompts]
-    contexts = filter(None, map(context_length, (reference, *value_models.values())))
+    contexts = filter(None, map(attended_length, (reference, *value_models.values())))
     room = min(contexts, default=1 << 30) - dataset.max_new_tokens
     decoding = config.decoding
     seen = candidates.watch(

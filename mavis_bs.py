@@ -61,13 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     def method_of(settings):
         series = {"Q": args.Q, "N": num_return, "num_samples": args.num_samples}
         return steering_method(
-            settings,
-            args,
-            name="mavis_bs",
-            kind="mavis_bs_logs",
-            series=series,
-            generator=generator,
-            beams_per_candidate=args.Q / num_return,
+            settings, args, name="mavis_bs", kind="mavis_bs_logs", series=series, generator=generator
         )
 
     return evaluate_method(points, method_of)

@@ -32,6 +32,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_SMALL, num_key_value_heads=2),
     "mistral": MistralConfig(**_SMALL, num_key_value_heads=2, sliding_window=None),
 }
+WINDOWED = {"mistral_window": MistralConfig(**_SMALL, num_key_value_heads=2, sliding_window=12)}
 
 
 def _spread(model, seed: int):
@@ -49,7 +50,7 @@ def _spread(model, seed: int):
 
 
 def causal_lm(name: str, seed: int = 0, dtype=torch.float64):
-    return _spread(AutoModelForCausalLM.from_config(CONFIGS[name]), seed).to(dtype)
+    return _spread(AutoModelForCausalLM.from_config((CONFIGS | WINDOWED)[name]), seed).to(dtype)
 
 
 def value_model(name: str, seed: int = 1, dtype=torch.float64, layers: int = 2, pooling: str = "last"):

@@ -55,6 +55,53 @@ def test_beam_search_without_an_empty_answer_equals_the_slow_version():
     assert not any(c.token_ids[0] == EOS for found in searched[True] for c in found)
 
 
+def test_what_is_clipped_for_the_tilt_is_ranked_unclipped():
+    """Without normalization v1 clamps values to 6 / beta in the tilt alone; clamped, most beams would tie here."""
+    reference, values, policy = make_policy(normalization="none", beta=40.0)
+    prompts, keys = make_prompts(6, seed=2), [(5, i) for i in range(6)]
+    run = dict(num_beams=3, num_samples=2, max_new_tokens=5)
+    found = beam_search(policy, prompts, keys=keys, num_return=50, eos_token_id=9, batch_size=6, **run)
+    above = 0
+    for prompt, key, completions in zip(prompts, keys, found, strict=True):
+        settings = dict(beta=40.0, k=6, temperature=1.0, eos=9, normalization="none")
+        expected = brute_force.beam_search(reference, list(values.values()), [0.4, 0.6], prompt, key, **run, **settings)
+        assert [c.token_ids for c in completions] == [tokens for tokens, _, _ in expected]
+        assert [c.value for c in completions] == pytest.approx([value for _, value, _ in expected], abs=1e-5)
+        above += sum(c.value > 6 / 40 for c in completions)
+    assert above > 6
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+def test_the_work_of_a_search_is_what_its_beams_read(asked, monkeypatch):
+    """Counted at the model: a prompt's beams are read until its last one has ended, whatever is returned of them."""
+    policy = MavisPolicy(
+        eager_to_end("llama_grouped_tied"), [value_model("llama_grouped_tied")], [1.0], beta=1.0, top_k=6
+    )
+    reader, read = policy.languages[0], []
+    original = type(reader).read
+
+    def counted(self, token_ids, *args):
+        if self is reader:
+            read.append(token_ids.numel())
+        return original(self, token_ids, *args)
+
+    prompts = make_prompts(6, seed=2)
+    run = dict(num_beams=4, num_return=asked, max_new_tokens=9, eos_token_id=EOS, suppress_first_eos=True)
+    decoded, alone = 0, []
+    for i, prompt in enumerate(prompts):
+        read.clear()
+        monkeypatch.setattr(type(reader), "read", counted)
+        [found] = beam_search(policy, [prompt], keys=[(5, i)], **run)
+        monkeypatch.setattr(type(reader), "read", original)
+        share = sum(c.decoded for c in found)
+        assert share == sum(read) - len(prompt) + 4  # the last step's tokens are chosen, and need no reading
+        decoded += share - sum(len(c.token_ids) for c in found)
+        alone.append([(c.token_ids, c.decoded) for c in found])
+    assert decoded > 0
+    together = beam_search(policy, prompts, keys=[(5, i) for i in range(6)], batch_size=24, **run)
+    assert [[(c.token_ids, c.decoded) for c in found] for found in together] == alone
+
+
 def test_one_beam_and_one_sample_is_the_plain_decoder():
     _, _, policy = make_policy()
     prompts, keys = make_prompts(5, seed=4), [(5, i) for i in range(5)]

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from tests import brute_force
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
+from utils.cached_models import attention_window
+from utils.cli import DataError
 from utils.costs import forward_flops
 from utils.decoding import decode, score_texts
 from utils.policies import MavisPolicy, MixturePolicy, PromptTablePolicy, ReferencePolicy, TokenTablePolicy
@@ -459,6 +462,50 @@ def test_settings_that_cannot_tilt_are_refused(kwargs, message):
 def test_a_weight_of_zero_drops_its_value_model():
     policy = MavisPolicy(causal_lm("llama_full"), {"a": value_model("llama_full")}, {"a": 1.0, "b": 0.0}, beta=1.0)
     assert len(policy.value_readers) == 1
+
+
+def test_a_text_that_a_window_would_cut_is_refused_and_a_shorter_one_is_read_as_without_it():
+    """The project's masks know of no windows. Beside transformers' own reading, without caches."""
+    reference = causal_lm("mistral_window")
+    policy = ReferencePolicy(reference, top_k=6)
+    prompt, run = [5, 6, 7, 8], dict(keys=[(0, 0)], eos_token_id=None, batch_size=1)
+    with pytest.raises(ValueError, match="over the context of 12 tokens"):
+        decode(policy, [prompt], max_new_tokens=9, **run)
+    [completion] = decode(policy, [prompt], max_new_tokens=8, trace=True, **run)
+    for t, step in enumerate(completion.steps):
+        probs = brute_force.next_token_probs(reference, prompt + completion.token_ids[:t], 1.0)
+        assert torch.allclose(step["p_ref"], probs[step["token_ids"]], atol=1e-9)
+
+
+@pytest.mark.parametrize(("config", "window"), [
+    (transformers.MistralConfig(sliding_window=7), 7),
+    (transformers.MistralConfig(sliding_window=None), None),
+    (transformers.LlamaConfig(), None),
+    (transformers.Qwen2Config(use_sliding_window=False, sliding_window=8), None),
+    (transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=2), 8),
+    (transformers.Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=99), None),
+    (transformers.Gemma3TextConfig(sliding_window=9), 9),
+    (transformers.Gemma2Config(sliding_window=10), 10),
+    (transformers.Phi3Config(sliding_window=11), 11),
+    (transformers.GPTNeoConfig(window_size=12), 12),
+    (transformers.GPT2Config(), None),
+])  # fmt: skip
+def test_the_window_of_an_attention_is_known_by_its_configuration(config, window):
+    assert attention_window(config) == window
+
+
+def test_biases_in_the_place_of_positions_are_refused():
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(DataError, match="ALiBi"):
+        ReferencePolicy(model)
+
+
+def test_a_policy_of_several_models_cannot_stand_for_the_reference():
+    mixture = MixturePolicy([causal_lm("llama_full", 3), causal_lm("llama_full")], [2.0, -1.0], top_k=6)
+    for use in (lambda: MavisPolicy(mixture, [value_model("llama_full")], [1.0], beta=1.0),
+                lambda: score_texts(mixture, [[5]], [[6]])):  # fmt: skip
+        with pytest.raises(ValueError, match="MixturePolicy cannot stand for it"):
+            use()
 
 
 def test_the_work_of_a_token_is_what_a_step_reads():

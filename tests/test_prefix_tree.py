@@ -175,6 +175,22 @@ def test_a_window_that_no_text_passes_is_none():
     np.testing.assert_allclose(in_rows(model, texts), alone(model, texts), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("texts", ["odd", "long"])
+def test_texts_beyond_a_window_are_read_alone_under_the_models_own_masks(texts):
+    """Of a headless model, whose states pooled heads average: as transformers reads one text at a time."""
+    backbone = classifier("mistral", sliding_window=8).model
+    sequences = odd_texts() if texts == "odd" else [list(range(3, 9)), list(range(3, 13))]
+    assert max(map(len, sequences)) > 8
+    seen = 0
+    for rows, hidden in read_rows(backbone, sequences, 0, batch_size=4, token_budget=400, row_tokens=100):
+        for row, states in zip(rows, hidden, strict=True):
+            for i, path in zip(row.members, row.paths, strict=True):
+                alone = backbone(torch.tensor([sequences[i]])).last_hidden_state[0]
+                torch.testing.assert_close(states[path], alone, rtol=1e-4, atol=1e-5)
+                seen += 1
+    assert seen == len(sequences)
+
+
 def classifier_rewards(folder: Path, text: str = "{prompt}{response}", **options) -> RewardSet:
     entry = {"kind": "classifier", "path": "model", "text": text}
     config = load_config(write_config(folder, {"help": entry | options.pop("entry", {})}))

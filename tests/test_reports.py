@@ -261,6 +261,20 @@ def test_rewards_at_equal_kl_come_back_from_the_files(world):
     assert all(r["difference"] is None for r in rows if r["a"] == "mavis, beta 4")
 
 
+def test_the_kls_of_an_equal_kl_row_are_those_of_the_prompts_that_it_compares(tmp_path):
+    weights = {"help": 0.5, "harm": 0.5}
+    make_run(tmp_path, "mavis", weights, beta=2.0, kl=2.0, prompts=range(20))
+    for beta, kl in ((1.0, 1.0), (4.0, 3.0)):
+        make_run(tmp_path, "token_table", weights, beta=beta, kl=kl, prompts=range(6))
+    pareto_report.main([str(tmp_path), "--output_dir", str(tmp_path / "r")])
+    section = json.loads((tmp_path / "r" / "report.json").read_text())["sections"][0]
+    [row] = [r for r in section["at_equal_kl"] if r["a"] == "mavis, beta 2"]
+    [run] = [r for r in section["runs"] if r["series"] == "mavis, beta 2"]
+    of_six = per_prompt(run, "log_ratio").loc[range(6)].mean()
+    assert row["prompts"] == 6 and row["kl"] == pytest.approx(of_six) and of_six != pytest.approx(run["kl"])
+    assert row["lowest_kl"] <= row["left_kl"] <= row["kl"] <= row["right_kl"] <= row["highest_kl"]
+
+
 def test_the_markdown_embeds_figures_tables_and_unedited_samples(world):
     workspace, folder, report = world
     text = (folder / "report.md").read_text()

@@ -25,7 +25,9 @@ from utils.hdf5_utils import (
     write_structure,
     write_tree,
 )
+from utils.labelling import leaf_texts
 from utils.policies import MavisPolicy, ReferencePolicy
+from utils.text_formats import answer_texts
 from utils.trees import Tree, back_up, check_tree, expected_log_ratio
 
 PARENT = np.array([-1, 0, 0, 1, 1, 1, 3])
@@ -51,6 +53,20 @@ def make_tree(index=0, seed=0):
 def test_values_are_means_of_the_children():
     values = back_up(PARENT, [9, 9, 2.0, 9, 4.0, 6.0, 1.0])
     assert values.tolist() == pytest.approx([(11 / 3 + 2) / 2, 11 / 3, 2, 1, 4, 6, 1])
+
+
+def test_leaves_are_labelled_on_the_text_that_evaluation_scores():
+    """A leaf that the length limit cut behind a line break is shown to its reward without that, as an answer is."""
+    pieces = {3: " No", 4: ".", 5: "\n\n", 6: " ", 7: "</s>"}
+
+    class Tokenizer:
+        def batch_decode(self, rows, skip_special_tokens):
+            return ["".join(pieces[int(i)] for i in row if not (skip_special_tokens and i == 7)) for row in rows]
+
+    tokens = [np.array(t, np.int32) for t in ([9], [3, 4], [5], [6, 3, 7])]
+    tree = Tree(np.array([-1, 0, 1, 1]), tokens, np.zeros(4))
+    assert leaf_texts(tree, Tokenizer()) == ["No.", "No.  No"]
+    assert leaf_texts(tree, Tokenizer()) == answer_texts(Tokenizer(), [[3, 4, 5], [3, 4, 6, 3, 7]])
 
 
 def test_a_node_is_the_mean_of_its_children_not_of_its_leaves():

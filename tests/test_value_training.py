@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import train_value_model
-from tests.models_for_tests import CONFIGS, VOCAB, value_model
+from tests.models_for_tests import CONFIGS, VOCAB, WINDOWED, value_model
 from utils import training_output
 from utils.cached_models import without_adapter
 from utils.checkpoint import Checkpoint
@@ -819,6 +819,20 @@ def test_validation_trees_without_inner_nodes_are_refused_and_nothing_is_left(wo
     with pytest.raises(DataError, match="no nodes to use in the validation trees in .*; inner nodes are needed"):
         train_value_model.main(arguments)
     assert not list(out.parent.iterdir())
+
+
+def test_texts_beyond_what_a_value_model_attends_to_are_refused(world, tmp_path):
+    """Decoding could not use such a model, and a tree's rows know of no window."""
+    from transformers import MistralForCausalLM
+
+    settings = yaml.safe_load((world / "config.yaml").read_text())
+    MistralForCausalLM(WINDOWED["mistral_window"]).save_pretrained(tmp_path / "base")
+    settings["value_model"]["path"] = str(tmp_path / "base")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    arguments = command(world, "--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out" / "it"))
+    with pytest.raises(DataError, match=r"texts of up to \d+ tokens, and value models on .* attend to 12"):
+        train_value_model.main(arguments)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_user_mistakes_are_one_line_that_says_what_to_do(world, tmp_path):

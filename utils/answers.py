@@ -137,7 +137,7 @@ def answer_part(
         weights: what ranks candidates; may be empty where there is one candidate.
         read: for candidates whose policy does not know the reference's log-probability; only the answers are read.
         extra: further scorers of (prompts, responses), logged and never used to choose.
-        work: what each generated token takes (`Policy.work`), counted for each answer.
+        work: what each decoded token takes (`Policy.work`), counted for each answer.
     """
 
     def tick(tokens: int) -> None:
@@ -206,10 +206,11 @@ def pick(
         if not math.isnan(answer.reference_log_prob):
             row["reference_log_prob"] = round(float(answer.reference_log_prob), LOG_RATIO_DECIMALS)
         generated = sum(len(c.token_ids) for c in candidates[n])
+        decoded = sum(len(c.token_ids) if c.decoded is None else c.decoded for c in candidates[n])
         row |= {
             "tokens": len(answer.token_ids),
             "generated_tokens": generated,
-            **{what: float(f"{generated * per_token:.6g}") for what, per_token in work.items()},
+            **{what: float(f"{decoded * per_token:.6g}") for what, per_token in work.items()},
             "distinct": distinct_ratio(answer.token_ids),
             "finished": bool(answer.finished),
             "num_candidates": len(candidates[n]),

@@ -108,14 +108,14 @@ def reference_pairs(
 ) -> list[TokenPair]:
     """`sample_pairs` of a model with its adapter off, ranked by the objective's reward; kept in `file`, so that a
     resumed run has them."""
-    from utils.cached_models import context_length
+    from utils.cached_models import attended_length
     from utils.data import encode_prompts
     from utils.rewards import RewardSet
     from utils.text_formats import answer_texts
 
     if file.is_file():
         return read_pairs(file)
-    room = (context_length(model) or 1 << 30) - dataset.max_new_tokens
+    room = (attended_length(model) or 1 << 30) - dataset.max_new_tokens
     prompts = encode_prompts(dataset, tokenizer, list(texts), room)
     rewards = RewardSet(config, dataset, [objective], next(model.parameters()).device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class _Beams:
         self._prompts = {
             "key": torch.tensor(folded, dtype=torch.int64, device=device),
             "unsound": torch.zeros(p, 1 + objectives, dtype=torch.bool, device=device),
+            "decoded": torch.zeros(p, dtype=torch.int64, device=device),  # tokens of all beams, while one goes on
         }
 
     def _texts(self, prompts: int, texts: int, device: torch.device) -> dict[str, Tensor]:
@@ -95,6 +97,7 @@ class _Beams:
             "log_prob": drawn["log_prob"] + log_p,
             "reference_log_prob": drawn["reference_log_prob"] + log_q,
         }
+        self._prompts["decoded"] = self._prompts["decoded"] + q * beams["alive"].any(1)
         alive = drawn.pop("alive")
         ended = alive & (token.unsqueeze(2) == self._shared["eos"]).any(2)
         self._prompts["unsound"] = self.unsound | (unsound.view(p, q, -1) & beams["alive"].unsqueeze(2)).any(1)
@@ -124,7 +127,7 @@ class _Beams:
         """The best texts of these prompts by value, best first; of equals, those that have ended come first."""
         index = torch.as_tensor(places, dtype=torch.int64, device=self.alive.device)
         ended, going = ({name: x[index].tolist() for name, x in part.items()} for part in (self._ended, self._beams))
-        steps = int(self._shared["step"])
+        steps, decoded = int(self._shared["step"]), self._prompts["decoded"][index].tolist()
 
         def text(of: dict, i: int, n: int, length: int, finished: bool) -> Completion:
             log_prob, reference_log_prob = of["log_prob"][i][n], of["reference_log_prob"][i][n]
@@ -136,7 +139,8 @@ class _Beams:
             lengths = ended["length"][i]  # 0: none has ended
             texts = [text(ended, i, n, length, True) for n, length in enumerate(lengths) if length]
             texts += [text(going, i, b, steps, False) for b, alive in enumerate(going["alive"][i]) if alive]
-            found.append(sorted(texts, key=lambda c: -c.value)[: self.num_return])  # stable: of equals, the earlier
+            best = sorted(texts, key=lambda c: -c.value)[: self.num_return]  # stable: of equals, the earlier
+            found.append([replace(c, decoded=decoded[i] / len(best)) for c in best])
         return found
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from utils.cli import DataError
+
 # --------------------------------------------------------------------------------------------------------- attention
 
 
@@ -213,6 +215,30 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(text_config(model), "max_position_embeddings", None)
 
 
+def attention_window(config) -> int | None:
+    """How many tokens a token sees, itself included, in the layer that sees least; None where all see a whole text.
+
+    A text of at most that many tokens is read as if there were no window. Known are `sliding_window` (Mistral, Gemma,
+    Qwen, Phi-3, ...), `attention_chunk_size` (Llama 4) and GPT-Neo's local layers.
+    """
+    layers = set(getattr(config, "layer_types", None) or ())
+    found = []
+    if getattr(config, "use_sliding_window", True) and (not layers or "sliding_attention" in layers):
+        found.append(getattr(config, "sliding_window", None))
+    if not layers or "chunked_attention" in layers:
+        found.append(getattr(config, "attention_chunk_size", None))
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        found.append(config.window_size)
+    return min(filter(None, found), default=None)
+
+
+def attended_length(model: nn.Module) -> int | None:
+    """Tokens that a text may have where the project's own masks say who sees whom: they know of no windows, so it is
+    the context or the window, whichever is shorter. None for no limit."""
+    limits = (context_length(model), attention_window(text_config(model)))
+    return min(filter(None, limits), default=None)
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """A transformers model without its PEFT wrapper; the adapter's layers are inside the base."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -249,11 +275,17 @@ class CachedModel:
         self, model: nn.Module, heads: Sequence[nn.Module] | None = None, members: Sequence[int] | None = None
     ):
         model = self.model = without_adapter(model).eval()
+        config = text_config(model)
+        if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
+            raise DataError(
+                f"{model.name_or_path or type(model).__name__} tells the order of tokens by biases on its attention "
+                "(ALiBi), which decoding in rows cannot give it; take a model with position embeddings or rotations"
+            )
         self.heads = heads
         self.members = None if members is None else tuple(members)
         self.copies = 1 if members is None else len(members)
         self.num_layers = getattr(text_config(model), "num_hidden_layers", 0)
-        self.context = context_length(model)
+        self.context = attended_length(model)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.attention_config = model.config

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from utils.cached_models import attended_length
 from utils.cli import DataError
 from utils.hdf5_utils import read_trees
 from utils.head_starts import Ridge, fit_ridges, start_at_mean, start_at_ridge
@@ -134,6 +135,13 @@ class CommonStart:
         model = new_value_model(self.config, self.tokenizer, self.vocab_size, self.device, self.source.init,
                                 seed=self.spec.seed)  # fmt: skip
         assert vocabulary_size(model) == self.vocab_size, (vocabulary_size(model), self.vocab_size)
+        longest = max(int(tree.path_lengths.max()) for trees in self.trees.values() for tree in trees)
+        if longest > (attended_length(model) or longest):
+            raise DataError(
+                f"the trees in {self.source.data_dir} have texts of up to {longest} tokens, and value models on "
+                f"{self.config.value_model.path} attend to {attended_length(model)}: name a value_model.path with a "
+                "longer context, or grow trees of shorter prompts"
+            )
         return model, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     def give_head(self, model, objective: str) -> float:

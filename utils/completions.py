@@ -30,6 +30,7 @@ class Completion:
         value: in beam search, the unnormalised combined value of its last token, by which it was ranked.
         steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
         text: of an answer that came as a text; None where it is what the tokens say.
+        decoded: in beam search, its equal share of the tokens that all beams of its prompt decoded; None: its own.
     """
 
     token_ids: list[int]
@@ -41,6 +42,7 @@ class Completion:
     steps: list[dict] | None = None
     value: float = float("nan")
     text: str | None = None
+    decoded: float | None = None
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None) -> None:

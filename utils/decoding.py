@@ -13,6 +13,7 @@ from torch import Tensor
 from utils import tilting
 from utils.beams import beam_search
 from utils.completions import Completion, check_prompts, eos_tensor, not_finite, prompt_of, steps_between_looks
+from utils.policies import model_of
 from utils.policy_base import Policy, Snapshot, Step
 
 __all__ = ["Completion", "Job", "Prefix", "beam_search", "decode", "run_jobs", "score_texts"]
@@ -338,7 +339,7 @@ def score_texts(
     batch_size: int = 16,
 ) -> list[float]:
     """Sum of a language model's log-probabilities of each response after its prompt, one pass over each text."""
-    model = model.languages[0].model if isinstance(model, Policy) else model
+    model = model_of(model)
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     scores = [0.0] * len(prompts)

@@ -94,7 +94,6 @@ class Method:
             its models are loaded when the point's turn comes.
         num_samples: candidates per answer (best of N).
         shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
-        beams_per_candidate: rows that are decoded for each candidate that comes out.
         kl_added: see RunSpec.
         decodes: answers are decoded here, so that the arguments of decoding determine them.
         determining: what else does, see RunSpec.
@@ -109,7 +108,6 @@ class Method:
     num_samples: int = 1
     own_model: bool = False
     shares_candidates: bool = False
-    beams_per_candidate: float = 1.0
     kl_added: float = 0.0
     decodes: bool = True
     determining: dict = field(default_factory=dict)
@@ -243,7 +241,7 @@ class Loaded:
     to_text: Callable[[Sequence[int]], str]
     score: Score
     read: Read | None  # of a policy that does not know the reference's log-probability
-    work: dict[str, float]  # of a token that comes out, see `Policy.work`
+    work: dict[str, float]  # of a decoded token, see `Policy.work`
 
 
 def load(settings: Settings, method: Method, models: Models) -> Loaded:
@@ -290,7 +288,6 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
         )
     if method.shares_candidates:
         generate = models.once("candidates", lambda own=generate: Remembered(own))
-    work = {what: method.beams_per_candidate * each for what, each in policy.work().items()}
 
     def to_text(ids: Sequence[int]) -> str:
         return answer_texts(tokenizer, [ids])[0]
@@ -298,7 +295,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     read = None
     if method.own_model and settings.track_kl:
         read = functools.partial(read_by, models.reference, temperature=settings.temperature)
-    return Loaded(encode, generate, to_text, models.score, read, work)
+    return Loaded(encode, generate, to_text, models.score, read, policy.work())
 
 
 def chunk_size(settings: Settings, method: Method) -> int:

@@ -160,7 +160,7 @@ def line_at(kl, curve_kl, curve_reward) -> tuple[np.ndarray, np.ndarray]:
     x0, x1 = (np.take_along_axis(x, left + i, 0)[0] for i in (0, 1))
     y0, y1 = (np.take_along_axis(y, left + i, 0)[0] for i in (0, 1))
     width = x1 - x0
-    share = np.divide(kl - x0, width, out=np.full(kl.shape, 0.5), where=width > 0)  # two points at one KL: their mean
+    share = np.divide(kl - x0, width, out=np.full(kl.shape, 0.5), where=width > 0)  # the last two at one KL: their mean
     return y0 + share * (y1 - y0), (x[0] <= kl) & (kl <= x[-1])
 
 

@@ -21,6 +21,17 @@ class ReferencePolicy(Policy):
         super().__init__([model], [1.0], top_k=top_k, temperature=temperature)
 
 
+def model_of(reference: nn.Module | Policy) -> nn.Module:
+    """The language model of a reference that is given as itself or as its policy.
+
+    Raises:
+        ValueError: another policy, which is more than one of its models.
+    """
+    if isinstance(reference, Policy) and not isinstance(reference, ReferencePolicy):
+        raise ValueError(f"a reference is one language model; a {type(reference).__name__} cannot stand for it")
+    return reference.languages[0].model if isinstance(reference, Policy) else reference
+
+
 class MixturePolicy(Policy):
     """Multi-objective decoding (MOD, Shi et al. 2024): the weighted sum of several policies' logits.
 
@@ -93,9 +104,7 @@ class _TiltedPolicy(Policy):
         normalization: str = "minmax",
         clip: float | None = tilting.CLIP,
     ):
-        if isinstance(reference, Policy):
-            reference = reference.languages[0].model
-        super().__init__([reference], [1.0], top_k=top_k, temperature=temperature)
+        super().__init__([model_of(reference)], [1.0], top_k=top_k, temperature=temperature)
         if not math.isfinite(beta) or beta < 0:
             raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
         if normalization not in tilting.NORMALIZATIONS:
@@ -115,10 +124,9 @@ class _TiltedPolicy(Policy):
     def _values(self) -> Tensor:
         values = self._objective_values()
         self.unsound_values = ~values.isfinite().all(-1).T  # (B, M)
-        combined = tilting.combine(values, self.weights.to(values.dtype))
+        combined = self.combined = tilting.combine(values, self.weights.to(values.dtype))  # beam search ranks by it
         if self.normalization == "none":
             combined = tilting.clip_values(combined, self.beta, self.clip)
-        self.combined = combined  # unnormalised: what beam search ranks by
         return tilting.normalize_values(combined, self.normalization)
 
 

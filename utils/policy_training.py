@@ -11,7 +11,7 @@ import torch
 
 from utils import models, ppo
 from utils.adapters import new_policy
-from utils.cached_models import context_length
+from utils.cached_models import attended_length
 from utils.cli import DataError
 from utils.data import encode_prompts
 from utils.rewards import RewardSet
@@ -58,7 +58,7 @@ def train_policy(
             )
         else:  # TRL puts the adapter on itself
             model, tokenizer = models.load_reference(config, dataset, device, task.base, dtype)
-        room = (context_length(model) or 1 << 30) - task.max_new_tokens
+        room = (attended_length(model) or 1 << 30) - task.max_new_tokens
         if room < 1:
             raise DataError(f"--max_new_tokens {task.max_new_tokens} leaves no room for a prompt in the context")
         prompts = encode_prompts(dataset, tokenizer, task.texts, room)

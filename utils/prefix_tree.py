@@ -111,13 +111,15 @@ def tree_mask(ends, dtype=None):
 def classifies_rows(model, longest: int) -> bool:
     """Whether a sequence-classification model of transformers reads rows of texts (up to `longest` tokens) as it reads
     each text alone: a known decoder, with a window that no text passes and an attention that takes a 4-D mask."""
+    from utils.cached_models import attention_window
+
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     return (
         config.model_type in ARCHITECTURES
         and not config.is_encoder_decoder
         and hasattr(model, "score")
-        and longest <= (getattr(config, "sliding_window", None) or longest)
+        and longest <= (attention_window(config) or longest)
         and rope not in LENGTHS_OWN_ROPE
         and config._attn_implementation in ("eager", "sdpa")
     )
@@ -129,14 +131,19 @@ def read_rows(
     """Batches of B rows with the hidden states (B, L, H) of their tokens; what stands behind a row is padding.
 
     Args:
-        backbone: headless causal model that takes an additive 4-D mask and positions.
+        backbone: headless causal model that takes an additive 4-D mask and positions. Where some text is longer than
+            its attention's window, each is read alone, under the masks that the model itself makes.
         batch_size: most rows in a forward pass; token_budget: most tokens, padding included.
         row_tokens: most tokens of a row that sequences share, or twice the longest's; 0 reads each one alone.
     """
     import torch
 
+    from utils.cached_models import attention_window, text_config
+
     parameter = next(backbone.parameters())
     longest = max(map(len, sequences), default=0)
+    windowed = longest > (attention_window(text_config(backbone)) or longest)
+    row_tokens = 0 if windowed else row_tokens
     rows = pack(sequences, min(max(row_tokens, 2 * longest), token_budget) if row_tokens else 0)
     lengths = [len(row.tokens) for row in rows]
     for batch in length_batches(lengths, batch_size, token_budget, FULLNESS):
@@ -148,6 +155,7 @@ def read_rows(
             at = slice(len(row.tokens))
             ids[b, at], position[b, at], ends[b, at] = row.tokens, row.positions, row.ends
         ids, position, ends = (torch.as_tensor(a, device=parameter.device) for a in (ids, position, ends))
-        mask = tree_mask(ends, parameter.dtype)
+        own = torch.arange(size[1]) < torch.tensor([len(row.tokens) for row in chosen])[:, None]
+        mask = own.to(ids) if windowed else tree_mask(ends, parameter.dtype)
         output = backbone(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
         yield chosen, output.last_hidden_state

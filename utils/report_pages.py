@@ -196,11 +196,13 @@ def equal_kl_table(report: SectionReport) -> Table:
     sign = {"exact": "", "at most": "<= ", "at least": ">= ", "unknown": "bounds on both sides: "}
     for r in report.equal_kl:
         between, text = "-", f"not reached: its KL spans {r['lowest_kl']:.2f} to {r['highest_kl']:.2f}"
+        if not r["prompts"]:
+            text = "no prompt that all of them answered"
         if math.isfinite(r["difference"]):
             between = f"{r['left_kl']:.2f} and {r['right_kl']:.2f}"
             text = sign[r["bound"]] + interval(r, "difference") + (" *" if r["beyond"] > 0.05 else "")
         weights = describe_weights(r["weights"])
-        body.append([r["a"], weights, f"{r['kl']:.2f}", r["b"], between, text, str(r["prompts"])])
+        body.append([r["a"], weights, number(r["kl"], 2), r["b"], between, text, str(r["prompts"])])
     header = ["method", "weights", "KL", "less", "between", "weighted reward at equal KL [95 %]", "prompts"]
     return Table("Rewards at equal KL", EQUAL_KL_NOTE, header, body)
 

@@ -295,9 +295,10 @@ def _rivals(point: Point, others: Sequence[Point]):
 
 def _equal_kl_row(section: Section, point: Point, weights: dict, family: str, curve: list[Point]) -> dict:
     shared = sorted(set.intersection(*(set(p.table.index) for p in [point, *curve])))
-    result = None
+    result, means = None, [math.nan]
     if shared:
         kls = [p.table.loc[shared, "log_ratio"] + p.kl_added for p in [point, *curve]]
+        means = [float(kl.mean()) for kl in kls]
         rewards = [p.column(WEIGHTED, weights, shared) for p in [point, *curve]]
         result = equal_kl(kls[0], rewards[0], np.array(kls[1:]), np.array(rewards[1:]))
     # Best of N's KL is an upper bound: truly it lies further left, so that its curve is higher at any KL.
@@ -305,8 +306,8 @@ def _equal_kl_row(section: Section, point: Point, weights: dict, family: str, cu
     low, high = result.interval if result else (math.nan, math.nan)
     left, right = result.between if result else (math.nan, math.nan)
     return {
-        "a": section.name(point), "weights": weights, "b": family, "prompts": len(shared), "kl": point.kl[0],
-        "lowest_kl": min(p.kl[0] for p in curve), "highest_kl": max(p.kl[0] for p in curve),
+        "a": section.name(point), "weights": weights, "b": family, "prompts": len(shared), "kl": means[0],
+        "lowest_kl": min(means[1:], default=math.nan), "highest_kl": max(means[1:], default=math.nan),
         "difference": result.difference if result else math.nan, "low": low, "high": high,
         "left_kl": left, "right_kl": right, "beyond": result.beyond if result else math.nan,
         "bound": bounds[point.kl_added != 0, any(p.kl_added for p in curve)],

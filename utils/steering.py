@@ -89,7 +89,6 @@ def steering_method(
     kind: str,
     series: dict[str, Any] | None = None,
     generator: Callable | None = None,
-    beams_per_candidate: float = 1.0,
 ) -> Method:
     """The evaluation method of a MAVIS policy at a point; the others as in `Method`.
 
@@ -145,5 +144,4 @@ def steering_method(
         checkpoints={f"value model of {n}": made for n, made in value_models.items()}
         | {f"candidate head of {n}": made for n, made in candidate_heads.items()},
         generator=generator,
-        beams_per_candidate=beams_per_candidate,
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 # Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
-GENERATED = "generated_tokens"  # of all candidates; a rewards.csv from before it was a column lacks it
 GENERATED = "generated_tokens"  # of all candidates; a rewards.csv of an earlier version has no such column
 WORK = ("language_tokens", "value_tokens", "gflop")  # of an answer; runs from before it was counted lack it
 MEASURES = ("log_ratio", "seconds", "tokens", GENERATED, *WORK, "distinct", "reference_log_prob", "finished")

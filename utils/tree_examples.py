@@ -65,10 +65,7 @@ class Example:
     @cached_property
     def path_lengths(self) -> np.ndarray:
         """(N,) tokens of the path root..node."""
-        lengths = np.array([len(t) for t in self.tree.tokens], np.int64)
-        for node in range(1, len(lengths)):
-            lengths[node] += lengths[self.tree.parent[node]]
-        return lengths
+        return self.tree.path_lengths
 
 
 def preorder(parent) -> list[int]:

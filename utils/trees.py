@@ -51,6 +51,14 @@ class Tree:
             depth[node] = depth[self.parent[node]] + 1
         return depth
 
+    @property
+    def path_lengths(self) -> np.ndarray:
+        """(N,) tokens of the path root..node, the prompt's included."""
+        lengths = np.array([len(t) for t in self.tokens], np.int64)
+        for node in range(1, len(lengths)):
+            lengths[node] += lengths[self.parent[node]]
+        return lengths
+
     def children(self, node: int) -> np.ndarray:
         """Indices of a node's children, in order."""
         return np.flatnonzero(self.parent == node)
