@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     betas = [cli.check_beta(beta) for beta in args.betas]
     output = args.output_dir or str(config.default_path("candidate_heads"))
     folders = {n: value_model_folder(config, args.value_model_dir, args.value_model_iter, n) for n in objectives}
-    made_by = {n: value_model_command(n, folders[n]) for n in objectives}
+    made_by = {n: value_model_command(config, n, folders[n]) for n in objectives}
     if args.dry_run:
         rows = [(f"value model of {n}", str(folders[n]), cli.found(str(folders[n]), made_by[n])) for n in objectives]
         cli.report_dry_run([*rows, ("candidate heads", output, "made by this command")])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.collection import add_collection_arguments, collect, dry_run
-from utils.places import check_adapter_folder, value_model_command
+from utils.places import check_adapter_folder, value_model_command, value_model_folder
 
 SHAPE = {"root_children": 2, "non_root_children": 3, "num_layers": 4}  # published for iterations above 0
 
@@ -54,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
     iteration = args.value_model_iter
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, f"iter_{iteration + 1}", objective)
-    root = args.value_model_dir or str(config.default_path("value_models"))
-    folder = f"{root}/iter_{iteration}/{objective}"
-    made_by = value_model_command(objective, folder)
+    folder = str(value_model_folder(config, args.value_model_dir, iteration, objective))
+    made_by = value_model_command(config, objective, folder)
     if args.dry_run:
         return dry_run(
             config, dataset, args, output_dir, [(f"value model of {objective}", folder, cli.found(folder, made_by))]
@@ -71,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         from utils.policies import MavisPolicy
         from utils.value_models import load_value_models
 
-        models = load_value_models(config, root, {objective: iteration}, tokenizer, vocabulary_size(reference), device)
+        models = load_value_models(
+            config, args.value_model_dir, {objective: iteration}, tokenizer, vocabulary_size(reference), device
+        )
         weights = {objective: 1.0}
         return MavisPolicy(
             reference, models, weights, beta=beta, top_k=top_k, temperature=temperature, normalization="none"

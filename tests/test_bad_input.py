@@ -268,10 +268,41 @@ ANTHROPIC = ("datasets", "anthropic")
         (at("evaluation", "num_prompts", 0), "evaluation.num_prompts must be at least 1"),
         (at("cpu_dtype", "float"), "cpu_dtype is 'float'"),
         (at("value_model", "lora", "r", 0), "value_model.lora.r must be at least 1"),
+        (at("value_model", "lora", "dropout", 1.0), "value_model.lora.dropout must be below 1"),
+        (at(*ANTHROPIC, "training", "deepest_fraction", 1.5), "training.deepest_fraction must be at most 1, got 1.5"),
+        (at("datasets", "hh.v2", {}), "datasets.hh.v2"),
+        (at("objectives", "all", {"kind": "callable", "function": "a:b"}), "objectives.all: letters, digits"),
+        (at("objectives", "../x", {"kind": "callable", "function": "a:b"}), "objectives.../x: letters, digits"),
+        (
+            at(
+                "objectives",
+                "x",
+                {
+                    "kind": "callable",
+                    "function": "a:b",
+                    "training": {"kind": "labels", "source": {"hash_range": [0.9, 0.1]}, "holdout": {}},
+                },
+            ),
+            "objectives.x.training.source.hash_range must be two numbers",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_exits_2(world, fails, change, said):
     fails(mavis, *MAVIS, "--prompt", SUBJECT, config=world.edit(change), status=2, said=said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"exp_type": "assistant"}, "have the same name or exp_type, 'assistant'"),
+        ({"exp_type": "other"}, "have the same objective, 'help'"),
+    ],
+)
+def test_what_two_data_sets_would_write_over_each_other_exits_2(world, fails, changes, said):
+    def change(data):
+        data["datasets"]["again"] = data["datasets"]["anthropic"] | changes
+
+    fails(mavis, *MAVIS, "--prompt", SUBJECT, config=world.edit(change), status=2, said=["datasets.again", said])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +354,7 @@ def test_a_missing_value_model_says_where_it_was_looked_for_and_what_makes_it(wo
     fails(mavis, *steer, status=1, said=["value model of harm", place, makes])
     fails(mavis_bs, *steer, "--Q", 2, status=1, said=["value model of harm", place, makes])
     fails(mavis, *MAVIS, "--value_model_iter", 3, status=1, said=["iter_3/help", "--init_checkpoint", "iter_2/help"])
-    fails(get_data_iter, 0, 2, "harm", "--beta", 1, status=1, said=[place, "train_value_model.py --objective harm"])
+    fails(get_data_iter, 0, 2, "harm", "--beta", 1, status=1, said=[place, makes])
     fails(mavis, *MAVIS, "--value_model_dir", "/nowhere", status=1, said="/nowhere/iter_0/help")
 
 

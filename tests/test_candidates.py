@@ -183,12 +183,15 @@ def test_a_head_has_the_same_bytes_each_time_it_is_saved(tmp_path):
     assert len(saved) == 1
 
 
+FIT = "python fit_candidate_heads.py help --value_model_iter 0"
+
+
 def test_a_head_that_does_not_fit_is_refused_in_one_line(tmp_path):
     model, path = value_model("llama_full", 1), tmp_path / "iter_0" / "help.safetensors"
     head = random_head(model, 0)
     tensors = {n: getattr(head, n).float() for n in ("table", "state", "token")}
     candidates.save_candidate_head(path, tensors, {"correlation": 1.0}, "abc")
-    loaded = candidates.load_candidate_head(path, model, "abc")
+    loaded = candidates.load_candidate_head(path, model, "abc", FIT)
     states, ids = torch.randn(3, 32, dtype=torch.float64), torch.tensor([[1, 2], [3, 4], [5, 60]])
     assert torch.allclose(loaded(states, ids), head(states, ids), atol=1e-5)
     good = path.read_bytes()
@@ -198,11 +201,11 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(tmp_path):
         (lambda: path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:]), "no candidate head"),
         (lambda: path.write_bytes(b"no tensors"), "no candidate head"),
         (lambda: candidates.save_candidate_head(path, tensors | {"table": tensors["table"][:9]}, {}, "abd"), "not fit"),
-        (path.unlink, "make it with: python fit_candidate_heads.py help"),
+        (path.unlink, f"make it with: {FIT}"),
     ):
         change()
         with pytest.raises(DataError, match=said):
-            candidates.load_candidate_head(path, model, "abd")
+            candidates.load_candidate_head(path, model, "abd", FIT)
 
 
 def test_the_scripts_fit_heads_and_steer_by_them(script, capsys):

@@ -17,7 +17,7 @@ from utils import data
 from utils.cli import DataError, run
 from utils.config import REPOSITORY, load_config
 from utils.rows import describe_source, iter_rows, read_rows
-from utils.specs import ConfigError, SourceSpec
+from utils.specs import SourceSpec
 from utils.text_formats import (
     FORMATS,
     RowDropped,
@@ -173,11 +173,6 @@ def test_templates_are_filled_in_one_pass(anthropic):
     assert fill("a { b } {}", x="1") == "a { b } {}"
     chat = dataclasses.replace(anthropic, reference_template="<u>{user}</u>{prompt}")
     assert shown_to_reference(chat, DIALOGUE.wrap_user("Hi")) == "<u>Hi</u>\n\nHuman: Hi\n\nAssistant: "
-
-
-def test_an_unknown_format_is_named(anthropic):
-    with pytest.raises(ConfigError, match="prompt_format is 'dialog'; did you mean 'dialogue'"):
-        shown_to_reference(dataclasses.replace(anthropic, prompt_format="dialog"), "x")
 
 
 def test_the_hash_is_of_the_users_words_alone():

@@ -63,6 +63,13 @@ def test_points_are_the_runs_of_their_own_commands_from_one_load(script, loads, 
     assert {read_arguments(f)["identity"]: answers(f) for f in again} == mine and len(again) == 4
 
 
+def test_one_iteration_is_one_run_however_it_is_said(script, capsys):
+    """`0`, `0,0` and `00` name the same value models; `0,` has them for the first objective alone, where it steers."""
+    for said in ("0", "0,0", "00", "0,"):
+        assert script("mavis", "--obj_weights", "1", "--value_model_iter", said, "--beta", 1) == 0
+    assert capsys.readouterr().out.count("is complete and is not repeated") == 3 and len(run_folders(script)) == 1
+
+
 def test_an_adapter_is_looked_at_once_however_many_points_it_serves(script, monkeypatch):
     looked, look = [], utils.value_models.check_adapter_folder
     monkeypatch.setattr(utils.value_models, "check_adapter_folder", lambda f, *a: looked.append(f.name) or look(f, *a))

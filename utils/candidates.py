@@ -284,11 +284,12 @@ def save_candidate_head(path: str | Path, tensors: Mapping[str, Tensor], report:
     write_atomically(Path(path), same_header(save(kept, metadata=metadata)))
 
 
-def load_candidate_head(path: str | Path, model: nn.Module, value_model: str) -> CandidateHead:
+def load_candidate_head(path: str | Path, model: nn.Module, value_model: str, made_by: str) -> CandidateHead:
     """The head of a value model, on its device.
 
     Args:
         model: the value model; value_model: its fingerprint, which the file must name.
+        made_by: the command that makes the head, for messages.
 
     Raises:
         DataError: no such head, a damaged one, or one of another value model.
@@ -296,7 +297,7 @@ def load_candidate_head(path: str | Path, model: nn.Module, value_model: str) ->
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    again = f"make it with: python fit_candidate_heads.py {path.stem}"
+    again = f"make it with: {made_by}"
     if not path.is_file():
         raise DataError(f"no candidate head {path}; {again}")
     try:

@@ -233,6 +233,13 @@ def parse_iterations(text: str, weights: dict[str, float], objectives: Sequence[
     return iterations
 
 
+def same_iteration(text: str) -> str:
+    """`--value_model_iter` as it is put on record: one number where all that are given are one, however it was said."""
+    cells = [c.strip() for c in str(text).split(",")]
+    given = {int(c) for c in cells if c}
+    return str(given.pop()) if len(given) == 1 else ",".join(str(int(c)) if c else "" for c in cells)
+
+
 def pin_gpu(device: str | None) -> None:
     """Show this process the one GPU that --device names (else the first), unless a launcher shares them out.
 

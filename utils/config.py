@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from utils.specs import NORMALIZATIONS, Config, ConfigError, nearest
+from utils.text_formats import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/paper_7b.yaml"
@@ -48,19 +49,20 @@ def _build(cls, data, where: str, file: Path, **given):
 IN_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
-def _convert(hint, value, where: str, file: Path):
+def _convert(hint, value, where: str, file: Path, key: str = ""):
+    """A value of the file as a type hint says; `key` is what a mapping calls it, which is its name."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where, file)
     if dataclasses.is_dataclass(hint):
-        given = {"name": where.rsplit(".", 1)[-1]} if "name" in hint.__dataclass_fields__ else {}
+        given = {"name": key} if "name" in hint.__dataclass_fields__ else {}
         return _build(hint, value, where, file, **given)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{file}: {where} must be a mapping, got {value!r}")
-        return {str(k): _convert(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
+        return {str(k): _convert(args[1], v, f"{where}.{k}", file, str(k)) for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{file}: {where} must be a list, got {value!r}")
@@ -133,11 +135,13 @@ LEAST = {
 } | {
     name: 0
     for name in (
-        "dropout", "weight_decay", "warmup_steps", "deepest_fraction", "l2", "label", "seed", "kl_coef", "value_coef",
-        "gamma", "gae_lambda",
+        "dropout", "weight_decay", "warmup_steps", "l2", "label", "seed", "kl_coef", "value_coef", "deepest_fraction",
+        "deepest_fraction_continued", "gamma", "gae_lambda",
     )
 } | {name: 2 for name in ("num_generations", "answers_per_prompt")}  # fmt: skip
-MAY_BE_ZERO = r"datasets\.\w+\.training\.num_epochs"  # a value model may keep the head that it starts with
+MOST = {name: 1 for name in ("deepest_fraction", "deepest_fraction_continued", "gamma", "gae_lambda")}
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a data set or an objective: a part of folders' names and of lists with commas
+MAY_BE_ZERO = rf"datasets\.{NAME}\.training\.num_epochs"  # a value model may keep the head that it starts with
 ABOVE_ZERO = (
     "lr", "temperature", "kl_target", "kl_horizon", "clip_ratio", "clip_value", "max_grad_norm", "reward_beta",
 )  # fmt: skip
@@ -153,6 +157,10 @@ def number_problem(key: str, value: float) -> str:
         return f"must be a finite number, got {value}"
     if key in ABOVE_ZERO and value <= 0:
         return f"must be above 0, got {value}"
+    if value > MOST.get(key, math.inf):
+        return f"must be at most {MOST[key]}, got {value}"
+    if key == "dropout" and value >= 1:
+        return f"must be below 1, got {value}"
     return f"must be at least {LEAST[key]}, got {value}" if value < LEAST.get(key, -math.inf) else ""
 
 
@@ -183,9 +191,38 @@ def _check(config: Config) -> None:
         if not set(fields) & set(needed):
             raise ConfigError(f"{config.path}: {where} must contain {{{'} or {'.join(needed)}}}, got {text!r}")
 
+    def names(found, where):
+        for name in found:
+            if not re.fullmatch(NAME, name) or name == "all":
+                raise ConfigError(
+                    f"{config.path}: {where}.{name}: letters, digits, '_' and '-' make a name, and 'all' stands for all"
+                )
+
+    def once(pairs, what):
+        owners = {}
+        for name, owner in pairs:
+            if owners.setdefault(name, owner) != owner:
+                both = f"datasets.{owners[name]} and datasets.{owner}"
+                raise ConfigError(f"{config.path}: {both} have the same {what}, {name!r}")
+
+    def source(spec, where):
+        low, high = spec.hash_range
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"{config.path}: {where}.hash_range must be two numbers from 0 to 1, the lower first, got "
+                f"[{low:g}, {high:g}]"
+            )
+
+    names(config.datasets, "datasets")
+    names(config.objectives, "objectives")
     _check_numbers(config.as_dict(), "", config.path)
+    called = [(name, spec.name) for spec in config.datasets.values() for name in {spec.name, spec.exp_type}]
+    once(called, "name or exp_type")
+    # What is made for an objective lies under its name alone.
+    once(((o, spec.name) for spec in config.datasets.values() for o in spec.objectives), "objective")
     for spec in config.datasets.values():
         where = f"datasets.{spec.name}"
+        choice(spec.prompt_format, FORMATS, f"{where}.prompt_format")
         for objective in spec.objectives:
             choice(objective, config.objectives, f"{where}.objectives")
         if not spec.objectives or len(set(spec.objectives)) < len(spec.objectives):
@@ -196,13 +233,8 @@ def _check(config: Config) -> None:
         if spec.training.num_epochs == 0 and spec.training.head_start != "ridge":
             raise ConfigError(f"{config.path}: {where}.training.num_epochs is 0, which needs head_start: ridge")
         template(spec.reference_template, f"{where}.reference_template", ("prompt", "user"))
-        for name, source in spec.splits.items():
-            low, high = source.hash_range
-            if not 0 <= low < high <= 1:
-                raise ConfigError(
-                    f"{config.path}: {where}.splits.{name}.hash_range must be two numbers from 0 to 1, the lower "
-                    f"first, got [{low:g}, {high:g}]"
-                )
+        for name, rows in spec.splits.items():
+            source(rows, f"{where}.splits.{name}")
     for spec in config.objectives.values():
         where = f"objectives.{spec.name}"
         template(spec.text, f"{where}.text", ("response",))
@@ -213,6 +245,8 @@ def _check(config: Config) -> None:
         if spec.training:
             choice(spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
             choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
+            source(spec.training.source, f"{where}.training.source")
+            source(spec.training.holdout, f"{where}.training.holdout")
     choice(config.value_model.pooling, ("last", "mean"), "value_model.pooling")
     choice(config.decoding.normalization, NORMALIZATIONS, "decoding.normalization")
     for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):

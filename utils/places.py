@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,9 +33,29 @@ def value_model_folder(config: Config, value_model_dir: str | Path | None, itera
     return root / f"iter_{iteration}" / objective
 
 
-def value_model_command(objective: str, folder: str | Path) -> str:
-    """The command that trains an objective's value model, but for its data."""
-    return f"python train_value_model.py --objective {objective} --output_dir {folder}"
+def value_model_command(config: Config, objective: str, folder: str | Path) -> str:
+    """The command that trains an objective's value model into `<root>/iter_<N>/<objective>`, but for its data."""
+    iteration, root = Path(folder).parent.name, Path(folder).parent.parent
+    command = (
+        f"python train_value_model.py --config {config.path} --dataset {dataset_of(config, objective)} "
+        f"--objective {objective} --data_dir <labelled trees> --output_dir {folder}"
+    )
+    if match := re.fullmatch(r"iter_([1-9]\d*)", iteration):  # it goes on from the one before it
+        command += f" --init_checkpoint {root}/iter_{int(match[1]) - 1}/{objective}"
+    return command
+
+
+def candidate_head_command(config: Config, objective: str, iteration: int | str) -> str:
+    """The command that fits an objective's candidate head."""
+    return (
+        f"python fit_candidate_heads.py {objective} --config {config.path} --dataset {dataset_of(config, objective)} "
+        f"--value_model_iter {iteration}"
+    )
+
+
+def dataset_of(config: Config, objective: str) -> str:
+    """The data set whose objective it is."""
+    return next((d.name for d in config.datasets.values() if objective in d.objectives), "...")
 
 
 def candidate_head_path(candidate_head_dir: str | Path, iteration: int, objective: str) -> Path:

@@ -7,9 +7,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from utils.cli import UsageError, parse_iterations
+from utils.cli import UsageError, parse_iterations, same_iteration
 from utils.methods import Method, Models
-from utils.places import candidate_head_path
+from utils.places import candidate_head_command, candidate_head_path, value_model_command, value_model_folder
 from utils.provenance import fingerprint
 from utils.settings import Settings, add_tilt_arguments
 
@@ -48,17 +48,9 @@ def add_steering_arguments(parser: ArgumentParser, *, kl_budget: bool = True) ->
 
 def value_models_of(settings: Settings, args: Namespace, iterations: dict[str, int]) -> dict[str, tuple[str, str]]:
     """{objective: (folder, the command that makes it)} of the value models that steer."""
-    root, found = args.value_model_dir or str(settings.config.default_path("value_models")), {}
-    for objective, iteration in iterations.items():
-        folder = f"{root}/iter_{iteration}/{objective}"
-        made_by = (
-            f"python train_value_model.py --config {settings.config.path} --dataset {settings.spec.name} "
-            f"--objective {objective} --data_dir <labelled trees> --output_dir {folder}"
-        )
-        if iteration:
-            made_by += f" --init_checkpoint {root}/iter_{iteration - 1}/{objective}"
-        found[objective] = folder, made_by
-    return found
+    config = settings.config
+    folders = {o: str(value_model_folder(config, args.value_model_dir, n, o)) for o, n in iterations.items()}
+    return {o: (folder, value_model_command(config, o, folder)) for o, folder in folders.items()}
 
 
 def candidate_heads_of(settings: Settings, args: Namespace, iterations: dict[str, int]) -> dict[str, tuple[str, str]]:
@@ -75,7 +67,7 @@ def candidate_heads_of(settings: Settings, args: Namespace, iterations: dict[str
     return {
         objective: (
             str(candidate_head_path(root, iteration, objective)),
-            f"python fit_candidate_heads.py {objective} --value_model_iter {iteration}",
+            candidate_head_command(settings.config, objective, iteration),
         )
         for objective, iteration in iterations.items()
     }
@@ -122,8 +114,8 @@ def steering_method(
             return MavisPolicy(models.reference, loaded, settings.weights, **settings.tilt)
 
         def load_head(name: str):
-            (file, _), (folder, _) = candidate_heads[name], value_models[name]
-            return load_candidate_head(file, loaded[name], fingerprint(folder))
+            (file, made_by), (folder, _) = candidate_heads[name], value_models[name]
+            return load_candidate_head(file, loaded[name], fingerprint(folder), made_by)
 
         heads = {n: models.once(("candidate head", n), functools.partial(load_head, n)) for n in iterations}
         return CandidatePolicy(models.reference, loaded, heads, settings.weights, **settings.tilt)
@@ -134,7 +126,7 @@ def steering_method(
         build=build,
         series={
             "beta": settings.beta,  # first, for the reader
-            "iteration": args.value_model_iter,
+            "iteration": same_iteration(args.value_model_iter),
             "value_model_dir": args.value_model_dir or "value_models",
             **({"value_head": args.value_head} if candidate_heads else {}),
             **({"value_adapters": "stacked"} if args.value_adapters == "stacked" else {}),  # other rounding

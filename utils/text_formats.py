@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from utils.specs import ConfigError, DatasetSpec, nearest
+from utils.specs import DatasetSpec, nearest
 
 
 class RowDropped(Exception):
@@ -213,15 +213,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(spec: DatasetSpec) -> Format:
-    """The format of a data set.
-
-    Raises:
-        ConfigError: the configuration names no such format.
-    """
-    if spec.prompt_format not in FORMATS:
-        raise ConfigError(
-            f"datasets.{spec.name}.prompt_format is {spec.prompt_format!r}; {nearest(spec.prompt_format, FORMATS)}"
-        )
+    """The format of a data set; `load_config` has seen that there is one."""
     return FORMATS[spec.prompt_format]
 
 

@@ -148,7 +148,7 @@ def load_value_model(
 def _adapted_value_model(
     config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> PeftModel:
-    check_adapter_folder(folder, "value model", value_model_command(folder.name, folder))
+    check_adapter_folder(folder, "value model", value_model_command(config, folder.name, folder))
     _check_trained_for(folder, tokenizer, config.value_model.pooling)
     base = _value_base(config, config.value_model, tokenizer, vocab_size, torch.float32)
     return load_adapter(base, folder)
@@ -178,7 +178,7 @@ def load_value_models(
     loaded = {} if loaded is None else loaded
     new = {name: folder for name, folder in folders.items() if folder not in loaded}
     for name, folder in new.items():  # all are looked for before the first is loaded
-        check_adapter_folder(folder, f"value model of {name}", value_model_command(name, folder))
+        check_adapter_folder(folder, f"value model of {name}", value_model_command(config, name, folder))
     for folder in new.values():
         only_head = _only_head_is_trained(folder)
         if adapters == "stacked" and not only_head:
