@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction
+from functools import cache
 from pathlib import Path
 
 from utils import cli
@@ -22,7 +23,7 @@ from utils.sharding import claims_of, forget, refuse_several, this_process
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data_dir", metavar="DIR", type=Path, help="folder of trees, as get_data_base.py makes it")
-    parser.add_argument("objective", help="an objective of the data set, or all")
+    parser.add_argument("objective", help="an objective of the data set, several with commas between, or all")
     parser.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
     parser.add_argument("--check_trees", action="store_true", help="only check that every tree is sound and labelled")
     group = parser.add_argument_group(
@@ -79,15 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     from utils.rewards import RewardSet
     from utils.tracking import Tracker
 
-    rewards = RewardSet(
-        config, dataset, objectives, device=pick_device(args.device), batch_size=args.batch_size, autocast=args.bf16
-    )
+    device, options = pick_device(args.device), {"batch_size": args.batch_size, "autocast": args.bf16}
+    rewards = cache(lambda: RewardSet(config, dataset, objectives, device=device, **options))
     tokenizer = load_tokenizer(config.sft_path(dataset))
     claimed = args.data_dir / "claims" / f"labels-{'-'.join(objectives)}-{args.chunk}"
     with Tracker(args.wandb and process.first, "label_tree", settings={"data_dir": str(args.data_dir)}) as tracker:
         with claims_of(process, claimed) as claims:
-            options = {"chunk": args.chunk, "claims": claims, "wait": process.first}
-            own = label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel, **options)
+            sharing = {"chunk": args.chunk, "claims": claims, "wait": process.first}
+            own = label_trees(args.data_dir, objectives, rewards, tokenizer, args.relabel, **sharing)
             labelled = sum(1 for _ in own)
         if not process.first:
             return 0

@@ -162,7 +162,10 @@ def plan_of(args, config: Config, dataset: DatasetSpec, objective: ObjectiveSpec
             place = f"--init_checkpoint {args.init_checkpoint} is not .../iter_<N>/{objective.name}"
             raise UsageError(f"{place}, so --{name} is needed")
     data_dir = args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}")
-    init = Path(config.locate(args.init_checkpoint)) if args.init_checkpoint else None
+    init = None
+    if args.init_checkpoint:  # as given, from where the user is; else from the workspace
+        given = Path(args.init_checkpoint)
+        init = given if given.exists() else Path(config.locate(args.init_checkpoint))
     output = args.output_dir or value_model_folder(config, None, iteration, objective.name)
     return Plan(objective, spec, Path(data_dir), init, Path(output))
 

@@ -220,6 +220,9 @@ def test_every_stage_runs_with_the_published_configuration(world, name, tmp_path
     stage(get_data_base, 0, 5, *data, "--max_new_tokens", 10, "--num_layers", 3)
     stage(label_tree, trees, "all", *data)
     stage(label_tree, trees, "all", *data, "--check_trees")
+    with monkeypatch.context() as patch:  # where all has values, no reward model is loaded
+        patch.setattr(rewards, "RewardSet", None)
+        stage(label_tree, trees, "all", *data)
     stage(split_data, trees, *data, "--num_val", 2, "--output_dir", training)
     for objective in spec.objectives[:2]:
         stage(train_value_model, *data, "--objective", objective, "--data_dir", training, "--batch_size", 24)

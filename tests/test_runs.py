@@ -15,7 +15,7 @@ import yaml
 
 from utils.cli import DataError
 from utils.provenance import fingerprint, identity
-from utils.runs import RunSpec, open_run, read_arguments, read_samples
+from utils.runs import RunSpec, open_run, part_path, read_arguments, read_parts, read_samples, rows_done
 from utils.summaries import mean_and_error, per_prompt, summarize
 
 SPEC = RunSpec(
@@ -111,6 +111,21 @@ def test_a_damaged_line_in_the_middle_is_named_and_not_swallowed(tmp_path):
     (run.folder / "samples.jsonl").write_text("{]\n" + json.dumps(ROWS[0]) + "\n")
     with pytest.raises(DataError, match="line 1"):
         open_run(tmp_path, SPEC)
+
+
+def test_a_damaged_byte_is_one_line_also_in_a_run_that_goes_on(tmp_path):
+    with open_run(tmp_path, SPEC) as run:
+        run.append(ROWS[:2])
+    file = run.folder / "samples.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"prompt"', b'"prom\xff"', 1))
+    for reading in (lambda: open_run(tmp_path, SPEC), lambda: rows_done(run.folder)):
+        with pytest.raises(DataError, match="samples.jsonl is damaged: no UTF-8 text at byte"):
+            reading()
+    part = part_path(run.folder, "0000000")
+    part.parent.mkdir()
+    part.write_bytes(b"\xff\n")
+    with pytest.raises(DataError, match="0000000.jsonl is damaged"):
+        read_parts(run.folder)
 
 
 def test_an_unfinished_run_cannot_be_called_complete(tmp_path):

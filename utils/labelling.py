@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ def leaf_texts(tree: Tree, tokenizer) -> list[str]:
 def label_trees(
     data_dir: Path,
     objectives: Sequence[str],
-    rewards: RewardSet,
+    rewards: Callable[[], RewardSet],
     tokenizer,
     relabel: bool = False,
     *,
@@ -41,6 +41,7 @@ def label_trees(
     does not depend on where an earlier run was killed, also where another batch would round it otherwise.
 
     Args:
+        rewards: loads them; called where something is to be scored.
         relabel: write the values of all trees; only for a process that labels alone.
         chunk: so many prompts' trees are scored together: those of indices n * chunk to (n + 1) * chunk - 1.
         claims, wait: as in `sharding.share`.
@@ -61,7 +62,7 @@ def label_trees(
         trees = [read_tree(data_dir, i) for i in unit]
         texts = [leaf_texts(t, tokenizer) for t in trees]
         prompts = [t.prompt for t, leaves in zip(trees, texts, strict=True) for _ in leaves]
-        scores = rewards.score(prompts, [text for leaves in texts for text in leaves])
+        scores = rewards().score(prompts, [text for leaves in texts for text in leaves])
         bar.tokens(sum(len(t.response_tokens(n)) for t in trees for n in t.leaves))
         start = 0
         labelled = []

@@ -201,7 +201,7 @@ class Run:
         whole = text.rfind(b"\n") + 1
         if whole < len(text):
             self._stream.truncate(whole)
-        self.samples = parse_samples(text[:whole].decode(), self.folder / SAMPLES)
+        self.samples = parse_samples(_utf8(text[:whole], self.folder / SAMPLES), self.folder / SAMPLES)
 
     def _write_rewards(self) -> None:
         write_csv(self.folder / REWARDS, per_prompt(self.samples))
@@ -309,15 +309,16 @@ def read_parts(folder: Path) -> list[dict]:
     rows = []
     for file in sorted((Path(folder) / PARTS).glob("[0-9]*.jsonl")):
         with suppress(FileNotFoundError):  # gathered in this moment
-            rows += parse_samples(file.read_text(encoding="utf-8"), file)
+            rows += parse_samples(_text(file), file)
     return rows
 
 
 def rows_done(folder: Path) -> set[tuple[int, int]]:
     """(prompt index, trial) of the rows that a run's folder holds, for a process that is not its writer."""
-    text = (Path(folder) / SAMPLES).read_bytes()
-    whole = text[: text.rfind(b"\n") + 1].decode()  # what a kill tore is cut off by the writer
-    rows = parse_samples(whole, Path(folder) / SAMPLES) + read_parts(folder)
+    file = Path(folder) / SAMPLES
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]  # what a kill tore is cut off by the writer
+    rows = parse_samples(_utf8(whole, file), file) + read_parts(folder)
     return {(s["index"], s["trial"]) for s in rows}
 
 
@@ -384,8 +385,12 @@ def read_samples(folder: str | os.PathLike) -> list[dict]:
 
 
 def _text(file: Path) -> str:
+    return _utf8(file.read_bytes(), file)
+
+
+def _utf8(data: bytes, file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is damaged: no UTF-8 text at byte {error.start}") from None
 

@@ -66,7 +66,10 @@ stage "relevance, prompt words" "${baseline[@]}" "${WIDE[@]}" --prompt_words --b
 report help,harm report
 report humor,relevance report_humor_relevance
 # Of relevance alone, over the prompts that only these runs have.
-mapfile -t wide < <(grep -lE '\b199\b' "$WORKSPACE"/*_logs/anthropic/*/*/args.yaml | xargs -r -n1 dirname)
+wide=()
+for rows in "$WORKSPACE"/*_logs/anthropic/*/*/rewards.csv; do
+  if [ "$(wc -l < "$rows")" -gt 200 ]; then wide+=("$(dirname "$rows")"); fi  # a header and a row per prompt
+done
 if [ ${#wide[@]} -gt 0 ]; then
   stage "report, relevance" python pareto_report.py "${wide[@]}" --objectives humor,relevance --output_dir "$WORKSPACE/report_relevance"
 fi
