@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from baseline_eval import BASELINES
-from utils.cli import DataError, UsageError, run
+from utils.cli import run
+from utils.errors import DataError, UsageError
 from utils.evaluation import evaluate_method
 from utils.methods import Method, Models, load_prompts
 from utils.rivals import SINGLE_POLICY

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils import rivals
-from utils.cli import UsageError, run
+from utils.cli import run
+from utils.errors import UsageError
 from utils.evaluation import evaluate_method
 from utils.methods import Method, Models
 from utils.settings import Settings, add_evaluation_arguments, add_tilt_arguments, resolve

@@ -16,6 +16,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFo
 from pathlib import Path
 
 from utils import cli
+from utils.errors import DataError
 
 
 def build_parser() -> ArgumentParser:
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in args.pickles:
         for tree in pickled_trees.read_trees_of(path, names, len(trees), prompt_of, encode):
             if tree.prompt_index in trees:
-                raise cli.DataError(
+                raise DataError(
                     f"{path} and {origin[tree.prompt_index]} both hold a tree of prompt {tree.prompt_index}"
                 )
             trees[tree.prompt_index], origin[tree.prompt_index] = tree, path

@@ -15,6 +15,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from utils import cli
+from utils.errors import UsageError
 from utils.places import candidate_head_path, check_adapter_folder, value_model_command, value_model_folder
 
 
@@ -44,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     objectives = cli.objectives_of(dataset, args.objective)
     for flag in ("num_prompts", "rank", "num_epochs"):
         if getattr(args, flag) < 1:
-            raise cli.UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+            raise UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     if args.batch_size is not None and args.batch_size < 1:
-        raise cli.UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
+        raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     if args.value_model_iter < 0:
-        raise cli.UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
+        raise UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
     betas = [cli.check_beta(beta) for beta in args.betas]
     output = args.output_dir or str(config.default_path("candidate_heads"))
     folders = {n: value_model_folder(config, args.value_model_dir, args.value_model_iter, n) for n in objectives}

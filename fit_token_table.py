@@ -14,6 +14,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from utils import cli
+from utils.errors import UsageError
 
 
 def build_parser() -> ArgumentParser:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     objectives = cli.objectives_of(dataset, args.objective)
     output = args.output_dir or config.default_path("token_tables")
     if args.l2 is not None and not args.l2 > 0:
-        raise cli.UsageError(f"--l2 must be above 0, got {args.l2}")
+        raise UsageError(f"--l2 must be above 0, got {args.l2}")
     if args.dry_run:
         rows = [("trees", str(args.data_dir), cli.found(str(args.data_dir), "get_data_base.py, then label_tree.py"))]
         cli.report_dry_run(

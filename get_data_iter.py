@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.collection import add_collection_arguments, collect, dry_run
+from utils.errors import UsageError
 from utils.places import check_adapter_folder, value_model_command, value_model_folder
 
 SHAPE = {"root_children": 2, "non_root_children": 3, "num_layers": 4}  # published for iterations above 0
@@ -46,12 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     dataset = config.dataset(args.dataset)
     objective, *more = cli.objectives_of(dataset, args.objective)
     if more:
-        raise cli.UsageError(
-            f"OBJECTIVE {args.objective}: one value model steers; valid: {', '.join(dataset.objectives)}"
-        )
+        raise UsageError(f"OBJECTIVE {args.objective}: one value model steers; valid: {', '.join(dataset.objectives)}")
     beta = cli.check_beta(args.beta)
     if args.value_model_iter < 0:
-        raise cli.UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
+        raise UsageError(f"--value_model_iter must be at least 0, got {args.value_model_iter}")
     iteration = args.value_model_iter
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, f"iter_{iteration + 1}", objective)
     folder = str(value_model_folder(config, args.value_model_dir, iteration, objective))

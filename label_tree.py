@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from utils import cli
+from utils.errors import DataError, UsageError
 from utils.places import reward_rows
 from utils.sharding import claims_of, forget, refuse_several, this_process
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     objectives = cli.objectives_of(dataset, args.objective)
     for flag in ("batch_size", "chunk"):
         if getattr(args, flag) < 1:
-            raise cli.UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+            raise UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     process = this_process()
     if args.relabel:
         refuse_several("--relabel", "what has new values already cannot be told from what has old ones")
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.hdf5_utils import read_trees, tree_indices
 
     if not tree_indices(args.data_dir):
-        raise cli.DataError(
+        raise DataError(
             f"no trees in {args.data_dir}; make them with get_data_base.py ... --output_dir {args.data_dir}"
         )
     if args.check_trees:
@@ -126,7 +127,7 @@ def _check(data_dir: Path, objectives, read_trees) -> int:
     for tree in read_trees(data_dir):
         missing = [o for o in objectives if o not in tree.values]
         if missing:
-            raise cli.DataError(
+            raise DataError(
                 f"prompt {tree.prompt_index} in {data_dir} has no values of {', '.join(missing)}; "
                 f"label it with label_tree.py {data_dir} {missing[0]}"
             )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from utils.cli import UsageError, run
+from utils.cli import run
+from utils.errors import UsageError
 from utils.evaluation import evaluate_method
 from utils.settings import add_evaluation_arguments, resolve
 from utils.steering import add_steering_arguments, steering_method

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 
-from utils.cli import UsageError, check_wandb, run
+from utils.cli import check_wandb, run
+from utils.errors import UsageError
 
 
 def build_parser() -> ArgumentParser:
@@ -101,7 +102,7 @@ def _stems(sections) -> list[str]:
 
 def _check_names(pairs, sections) -> None:
     """Raise a UsageError for a name of --compare that means no method here."""
-    from utils.specs import nearest
+    from utils.errors import nearest
 
     known = list(dict.fromkeys(s.name(p) for s in sections for p in s.points))
     for name in (name for pair in pairs for name in pair):

@@ -14,6 +14,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from utils import cli
+from utils.errors import UsageError
 
 
 def build_parser() -> ArgumentParser:
@@ -34,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     dataset = config.dataset(args.dataset)
     output_dir = args.output_dir or config.default_path("data_for_training", dataset.name, args.data_dir.resolve().name)
     if args.num_val is not None and args.num_val < 1:
-        raise cli.UsageError(f"--num_val must be at least 1, got {args.num_val}")
+        raise UsageError(f"--num_val must be at least 1, got {args.num_val}")
     if output_dir.resolve() == args.data_dir.resolve():
-        raise cli.UsageError(f"--output_dir {output_dir} is the folder of the trees; give another")
+        raise UsageError(f"--output_dir {output_dir} is the folder of the trees; give another")
     if args.dry_run:
         cli.report_dry_run(
             [

@@ -20,17 +20,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import (
-    DataError,
-    UsageError,
-    add_common,
-    config_from,
-    found,
-    objectives_of,
-    overridden,
-    report_dry_run,
-    run,
-)
+from utils.cli import add_common, config_from, found, objectives_of, overridden, report_dry_run, run
+from utils.errors import DataError, UsageError
 from utils.files import lets_go
 from utils.places import check_adapter_folder, reference_path, value_model_folder
 from utils.specs import Config, DatasetSpec, ObjectiveSpec, TrainingSpec

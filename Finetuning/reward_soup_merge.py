@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import rivals
-from utils.cli import DataError, UsageError, add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.cli import add_common, config_from, found, objectives_of, report_dry_run, run
+from utils.errors import DataError, UsageError
 from utils.files import hold, is_made, lets_go, whole_folder
 from utils.places import check_adapter_folder, record_checksum
 

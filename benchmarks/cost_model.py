@@ -44,6 +44,7 @@ from utils.costs import (
     shape_of,
     training_flops,
 )
+from utils.errors import DataError, UsageError
 from utils.prefix_tree import pack
 from utils.specs import Config, DatasetSpec
 from utils.trees import Tree
@@ -375,7 +376,7 @@ def shape_at(config: Config, path: str) -> Shape:
 
         return shape_of(AutoConfig.from_pretrained(folder))
     if path not in SHAPES:
-        raise cli.DataError(f"no config.json in {folder}, and the shape of {path!r} is not in SHAPES of {__file__}")
+        raise DataError(f"no config.json in {folder}, and the shape of {path!r} is not in SHAPES of {__file__}")
     return SHAPES[path]
 
 
@@ -533,14 +534,14 @@ def prompt_lengths(text: str) -> dict[str, int]:
     try:
         return {name: int(number) for name, number in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise cli.UsageError(f"--prompt_tokens {text!r} must read <data set>=<tokens>,...") from None
+        raise UsageError(f"--prompt_tokens {text!r} must read <data set>=<tokens>,...") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name in ("compute_fraction", "bandwidth_fraction", "answer_share", "occupancy"):
         if not 0 < getattr(args, name) <= 1:
-            raise cli.UsageError(f"--{name} must be above 0 and at most 1, got {getattr(args, name)}")
+            raise UsageError(f"--{name} must be above 0 and at most 1, got {getattr(args, name)}")
     config = load_config(args.config)
     compute, memory = args.compute_fraction, args.bandwidth_fraction
     gpu = Device("GPU", args.peak * compute, args.peak32 * compute, args.bandwidth * memory, args.overhead)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import conditions, in_turns, keep
 from utils import cli
+from utils.errors import DataError
 
 
 def build_parser() -> ArgumentParser:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     trees = [read_tree(data_dir, i) for i in tree_indices(data_dir)[: args.prompts]]
     if not trees:
-        raise cli.DataError(f"no trees in {data_dir}; make them with get_data_base.py ... --output_dir {data_dir}")
+        raise DataError(f"no trees in {data_dir}; make them with get_data_base.py ... --output_dir {data_dir}")
     tokenizer = load_tokenizer(config.sft_path(dataset))
     leaves = [(tree.prompt, text) for tree in trees for text in leaf_texts(tree, tokenizer)]
     firsts = [(tree.prompt, leaf_texts(tree, tokenizer)[0]) for tree in trees]

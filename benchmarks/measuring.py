@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.costs import Shape, cache_bytes
+from utils.errors import DataError
 from utils.files import write_json
 from utils.places import reference_path
 
@@ -86,7 +87,7 @@ def random_llama(shape: Shape, kind: str, device, dtype, *, num_layers: int | No
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     if shape.mlp_matrices != 3 or not shape.causal or shape.encoder_layers:
-        raise cli.DataError("--random_weights makes Llamas, and the configuration's model has another architecture")
+        raise DataError("--random_weights makes Llamas, and the configuration's model has another architecture")
     made = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_size,
         num_hidden_layers=shape.layers if num_layers is None else num_layers, num_attention_heads=shape.heads,

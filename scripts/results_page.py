@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
+from utils.errors import DataError
 from utils.files import write_atomically
 
 
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for path in (args.notes, *(folder / "report.md" for folder in args.report)):
         if not path.is_file():
-            raise cli.DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
+            raise DataError(f"no {path}; the notes are yours to write, the report is pareto_report.py's")
     figures = args.output.parent / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     # Two reports may have figures of one name: the folder's name behind "report" tells them apart.

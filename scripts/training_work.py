@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli
+from utils.errors import DataError
 from utils.places import reference_path
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     value = resolved_config(config.locate(config.value_model.path))
     rows = [*value_rows(config, dataset, reference, value), *policy_rows(config, dataset, reference)]
     if not rows:
-        raise cli.DataError(f"{config.workspace} has no value model and no policy of {dataset.name}")
+        raise DataError(f"{config.workspace} has no value model and no policy of {dataset.name}")
     header = ["what", "generated tokens", "tokens trained on", "TFLOP", "seconds"]
     cells = [[r["what"], f"{r['generated']:.0f}", f"{r['trained']:.0f}", f"{r['tflop']:.3g}",
               "-" if r["seconds"] is None else f"{r['seconds']:.0f}"] for r in rows]  # fmt: skip

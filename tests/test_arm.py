@@ -14,8 +14,9 @@ from tests.models_for_tests import causal_lm
 from tests.test_ppo import CPU, log_of
 from utils import arm
 from utils.adapters import lora_config
-from utils.cli import DataError, run
+from utils.cli import run
 from utils.config import REPOSITORY
+from utils.errors import DataError
 from utils.runs import read_arguments, read_samples
 from utils.specs import ArmSpec, LoraSpec
 

@@ -614,7 +614,7 @@ def test_trees_are_not_grown_into_a_damaged_store(world, fails, tmp_path, kind):
 
 
 def test_merging_a_foreign_store_writes_nothing(world, tmp_path):
-    from utils.cli import DataError
+    from utils.errors import DataError
 
     foreign(tmp_path / "foreign.hdf5")
     for other in (tmp_path / "foreign.hdf5", tmp_path / "gone.hdf5"):

@@ -11,8 +11,8 @@ from tests.models_for_tests import VOCAB, causal_lm, value_model
 from tests.toy_world import answers, run_folders, status
 from utils import candidates, tilting
 from utils.cached_models import pools_mean
-from utils.cli import DataError
 from utils.decoding import beam_search, decode
+from utils.errors import DataError
 from utils.policies import CandidatePolicy, MavisPolicy
 from utils.runs import read_arguments, read_samples
 

@@ -13,7 +13,7 @@ import pytest
 
 from utils import cli
 from utils.config import REPOSITORY
-from utils.specs import ConfigError
+from utils.errors import ConfigError, DataError, UsageError
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
@@ -258,7 +258,7 @@ def test_weights_stand_in_the_data_sets_order_and_zeros_are_left_out(text, weigh
     ],
 )
 def test_weights_that_cannot_be_meant_are_refused_with_the_order(text, said):
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(UsageError) as error:
         cli.parse_weights(text, NAMES)
     assert said in str(error.value) and repr(text) in str(error.value)
     assert "\n" not in str(error.value)
@@ -292,14 +292,14 @@ def test_an_iteration_is_given_for_each_weight_or_once_for_all(text, weights, it
     ],
 )
 def test_iterations_that_cannot_be_meant_are_refused(text, said):
-    with pytest.raises(cli.UsageError, match=re.escape(said)):
+    with pytest.raises(UsageError, match=re.escape(said)):
         cli.parse_iterations(text, {"help": 0.5, "harm": 0.5}, NAMES)
 
 
 def test_beta_is_finite_and_not_negative():
     assert cli.check_beta(0.0) == 0.0 and cli.check_beta(4.5) == 4.5
     for beta in (float("nan"), float("inf"), -0.1):
-        with pytest.raises(cli.UsageError, match="--beta must be a finite number of at least 0"):
+        with pytest.raises(UsageError, match="--beta must be a finite number of at least 0"):
             cli.check_beta(beta)
 
 
@@ -309,9 +309,9 @@ def test_beta_is_finite_and_not_negative():
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (cli.UsageError("--beta is missing"), 2, "error: --beta is missing"),
+        (UsageError("--beta is missing"), 2, "error: --beta is missing"),
         (ConfigError("a.yaml: unknown key 'x'"), 2, "error: a.yaml: unknown key 'x'"),
-        (cli.DataError("two\n  lines"), 1, "error: two lines"),
+        (DataError("two\n  lines"), 1, "error: two lines"),
         (
             FileNotFoundError(2, "No such file or directory", "/no/such"),
             1,
@@ -343,9 +343,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setenv("MAVIS_DEBUG", "1")
 
     def mistaken():
-        raise cli.DataError("x")
+        raise DataError("x")
 
-    with pytest.raises(cli.DataError):
+    with pytest.raises(DataError):
         cli.run(mistaken)
     assert cli.run(lambda: None) == 0 and cli.run(lambda: 3) == 3
 

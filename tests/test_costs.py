@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks import cost_model
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from utils import costs
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.growth import TreeShape, grow_trees
 from utils.hdf5_utils import read_trees, stored_indices
 from utils.prefix_tree import pack

@@ -14,8 +14,9 @@ import pytest
 import dataset_preprocess
 from tests.paper_base_for_tests import build_tokenizer
 from utils import data
-from utils.cli import DataError, run
+from utils.cli import run
 from utils.config import REPOSITORY, load_config
+from utils.errors import DataError
 from utils.rows import describe_source, iter_rows, read_rows
 from utils.specs import SourceSpec
 from utils.text_formats import (

@@ -11,9 +11,9 @@ import transformers
 from tests import brute_force
 from tests.models_for_tests import CONFIGS, VOCAB, causal_lm, value_model
 from utils.cached_models import attention_window
-from utils.cli import DataError
 from utils.costs import forward_flops
 from utils.decoding import decode, score_texts
+from utils.errors import DataError
 from utils.policies import MavisPolicy, MixturePolicy, PromptTablePolicy, ReferencePolicy, TokenTablePolicy
 
 EOS = 2

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from utils.cli import DataError
 from utils.config import REPOSITORY
+from utils.errors import DataError
 from utils.files import clear, hold, let_go, lets_go, put_in_place, temporary_name, whole_folder, write_atomically
 
 

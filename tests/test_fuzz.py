@@ -28,14 +28,14 @@ from hypothesis import strategies as st
 from utils import cli, hdf5_utils, pickled_trees, plain_pickle, report_points, runs, soups
 from utils.config import REPOSITORY, load_config
 from utils.data import read_prompts
+from utils.errors import ConfigError, DataError, UsageError
 from utils.given_answers import read_answers
-from utils.specs import ConfigError
 from utils.token_table import load_token_table, save_token_table
 from utils.trees import Tree
 
 sys.path[:0] = [str(REPOSITORY / "Finetuning" / n) for n in ("", "PPO", "ARM", "SFT", "RM")]
 
-ONE_LINE = (cli.UsageError, cli.DataError, ConfigError, OSError)  # what `cli.run` turns into one line
+ONE_LINE = (UsageError, DataError, ConfigError, OSError)  # what `cli.run` turns into one line
 MANY = {
     "arguments": 2500, "configurations": 1500, "prompts": 1500, "trees": 2500, "run_folders": 800, "adapters": 600,
     "token_tables": 1000, "answers": 1000, "pickles": 2500,

@@ -14,8 +14,8 @@ from tests.test_candidates import random_head
 from tests.test_decoding import EOS, make_prompts
 from tests.test_shared_base import three
 from utils import beams, decoding, policy_base
-from utils.cli import DataError, UsageError
 from utils.decoding import beam_search, decode
+from utils.errors import DataError, UsageError
 from utils.graphs import StepGraphs, graphs_for
 from utils.growth import TreeShape, grow_trees
 from utils.policies import (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.kl_budget import HALVINGS, Measured, Measurements, search_beta
 
 

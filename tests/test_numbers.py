@@ -9,8 +9,8 @@ import torch
 
 from tests.models_for_tests import VOCAB, causal_lm, value_model
 from utils import tilting
-from utils.cli import DataError
 from utils.decoding import beam_search, decode
+from utils.errors import DataError
 from utils.growth import TreeShape, grow_trees
 from utils.policies import MavisPolicy, ReferencePolicy, TokenTablePolicy
 

@@ -21,9 +21,10 @@ import train_value_model
 from tests import paper_models_for_tests as paper
 from utils import models, rewards, value_models
 from utils.adapters import merge_adapter
-from utils.cli import DataError, run
+from utils.cli import run
 from utils.config import REPOSITORY, load_config
 from utils.decoding import decode
+from utils.errors import DataError
 from utils.policies import MavisPolicy
 from utils.text_formats import FORMATS
 from utils.value_models import load_value_model, vocabulary_hash

@@ -13,7 +13,8 @@ import pytest
 import convert_trees
 import utils.sharding  # noqa: F401 (loaded before imports are watched)
 from utils import plain_pickle
-from utils.cli import DataError, UsageError, run
+from utils.cli import run
+from utils.errors import DataError, UsageError
 from utils.hdf5_utils import read_tree, tree_indices
 from utils.pickled_trees import NodeMap, as_tree, roots_of
 from utils.plain_pickle import Instance, read_pickle

@@ -10,7 +10,8 @@ import utils.rewards
 import utils.value_models
 from tests.toy_world import answers, run_folders, status
 from utils import evaluation
-from utils.cli import UsageError, parse_front, parse_weights
+from utils.cli import parse_front, parse_weights
+from utils.errors import UsageError
 from utils.runs import read_arguments, read_samples
 
 

@@ -17,7 +17,7 @@ import yaml
 
 import pareto_report
 from tests.runs_for_tests import LABEL, make_run, make_world
-from utils.cli import DataError, UsageError
+from utils.errors import DataError, UsageError
 from utils.report_pages import Table, amount, fenced, markdown_table, shortened
 from utils.report_points import load_points, series_names, spans
 from utils.reports import at_equal_kl, between_methods, point_rows, sections_of

@@ -29,8 +29,8 @@ from tests.pretend_gpu import pretended_gpu
 from utils import pooled_reward, reward_training
 from utils import rewards as rewards_module
 from utils.batching import length_batches
-from utils.cli import DataError, UsageError
 from utils.config import REPOSITORY, load_config
+from utils.errors import DataError, UsageError
 from utils.judge import Judge, distinct_ratio, fit_judges, load_judges
 from utils.places import reward_rows
 from utils.preferences import conversation_of, dialogue_turns, read_labelled, read_pairs

@@ -16,9 +16,10 @@ from tests import brute_force
 from tests.models_for_tests import causal_lm
 from utils import models, rivals
 from utils.adapters import load_policies, merge_adapter
-from utils.cli import DataError, run
+from utils.cli import run
 from utils.config import REPOSITORY
 from utils.decoding import decode
+from utils.errors import DataError
 from utils.policies import MixturePolicy, RewardGuidedPolicy
 from utils.runs import read_arguments, read_samples
 from utils.shared_base import AdapterOf

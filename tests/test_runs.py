@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.provenance import fingerprint, identity
 from utils.runs import RunSpec, open_run, part_path, read_arguments, read_parts, read_samples, rows_done
 from utils.summaries import mean_and_error, per_prompt, summarize

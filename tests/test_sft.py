@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from tests.paper_base_for_tests import build_base, build_tokenizer, paper_config
 from utils import data, models
-from utils.cli import DataError, pin_gpu, run
+from utils.cli import pin_gpu, run
 from utils.config import REPOSITORY
+from utils.errors import DataError
 from utils.files import temporary_name
 from utils.specs import LoraSpec, SFTSpec
 from utils.text_formats import FORMATS

@@ -17,7 +17,7 @@ import get_data_base
 import label_tree
 from tests.toy_world import Script, make_toy, run_folders, status
 from utils import sharding
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.runs import read_samples
 from utils.sharding import Claims, Process, chunks, share, this_process
 
@@ -49,7 +49,7 @@ def test_numbers_that_cannot_be_meant_are_refused(environment, said):
 
 
 def test_each_process_of_a_machine_has_its_own_gpu():
-    from utils.cli import DataError
+    from utils.errors import DataError
     from utils.models import own_gpu
 
     assert [str(own_gpu(r, 4)) for r in (None, 0, 3)] == ["cuda", "cuda:0", "cuda:3"]
@@ -504,7 +504,7 @@ def test_what_one_process_must_do_is_refused_for_several(world, tmp_path, monkey
 
 
 def test_who_waits_for_a_run_folder_that_nobody_makes_says_so(world, tmp_path):
-    from utils.cli import DataError
+    from utils.errors import DataError
     from utils.runs import RunSpec, join_run
 
     with pytest.raises(DataError, match="the first process has made no run folder in .* in 0.1 seconds"):

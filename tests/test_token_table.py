@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 import fit_token_table
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.hdf5_utils import consolidate, write_tree
 from utils.token_table import (
     collect_leaves,

@@ -27,8 +27,9 @@ import split_data
 import train_value_model
 from tests.runs_for_tests import make_run
 from utils import cli
-from utils.cli import DataError, run
+from utils.cli import run
 from utils.config import REPOSITORY
+from utils.errors import DataError
 from utils.tracking import Tracker
 
 WANTED = {"help": 0.5, "harm": 0.5}

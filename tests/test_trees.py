@@ -11,7 +11,7 @@ import pytest
 
 from tests import brute_force
 from tests.models_for_tests import causal_lm, value_model
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.growth import TreeShape, grow_trees, segment_length
 from utils.hdf5_utils import (
     claim_collection,

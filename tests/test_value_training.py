@@ -24,7 +24,7 @@ from tests.models_for_tests import CONFIGS, VOCAB, WINDOWED, value_model
 from utils import training_output
 from utils.cached_models import without_adapter
 from utils.checkpoint import Checkpoint
-from utils.cli import DataError, UsageError
+from utils.errors import DataError, UsageError
 from utils.fit_measures import (
     correlation,
     correlation_gain,

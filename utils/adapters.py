@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.models import load_reference
 from utils.places import check_adapter_folder
 from utils.provenance import fingerprint

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import Checkpoint
-from utils.cli import DataError, progress
+from utils.cli import progress
 from utils.decoding import decode
+from utils.errors import DataError
 from utils.files import write_atomically, write_csv
 from utils.optimization import add_up, linear_schedule, seed_of
 from utils.policies import ReferencePolicy

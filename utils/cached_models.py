@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from utils.cli import DataError
+from utils.errors import DataError
 
 # --------------------------------------------------------------------------------------------------------- attention
 

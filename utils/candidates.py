@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from utils import tilting
 from utils.cached_models import without_adapter
-from utils.cli import DataError, progress
+from utils.cli import progress
 from utils.completions import steps_between_looks
+from utils.errors import DataError
 from utils.files import same_header, write_atomically
 from utils.policies import MavisPolicy, last_states
 

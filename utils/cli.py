@@ -13,17 +13,10 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 
 from utils.config import load_config
-from utils.specs import Config, ConfigError, nearest
+from utils.errors import ConfigError, DataError, UsageError, nearest
+from utils.specs import Config
 
 PATIENCE = 3.0  # seconds that a process other than the first waits before it says an error
-
-
-class UsageError(ValueError):
-    """A command line that cannot be meant: exit status 2."""
-
-
-class DataError(ValueError):
-    """Input that cannot be used (a file, a checkpoint, a prompt): exit status 1."""
 
 
 def add_common(parser: ArgumentParser) -> None:

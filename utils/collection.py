@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils import cli
+from utils.errors import DataError, UsageError
 from utils.specs import Config, DatasetSpec
 from utils.trees import Tree
 
@@ -86,14 +87,14 @@ def check_arguments(dataset: DatasetSpec, args: Namespace) -> None:
 
     split_source(dataset, args.data_split)
     if args.start < 0 or args.num < 1:
-        raise cli.UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
+        raise UsageError(f"START must be at least 0 and NUM at least 1, got {args.start} {args.num}")
     for name in ("root_children", "non_root_children", "num_layers", "max_new_tokens", "topk", "batch_size", "chunk"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise cli.UsageError(f"--{name} must be at least 1, got {value}")
+            raise UsageError(f"--{name} must be at least 1, got {value}")
     cli.check_graphs(args.cuda_graphs, args.device)
     if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature > 0):
-        raise cli.UsageError(f"--temperature must be a finite number above 0, got {args.temperature}")
+        raise UsageError(f"--temperature must be a finite number above 0, got {args.temperature}")
 
 
 def rounded(tree: Tree) -> Tree:
@@ -137,7 +138,7 @@ def plan_of(config: Config, dataset: DatasetSpec, args: Namespace, shape: Mappin
     seed = args.seed + args.seed_increment
     texts = read_prompts(prompts_csv(config, dataset, args.data_split), config)
     if args.start >= len(texts):
-        raise cli.DataError(
+        raise DataError(
             f"START {args.start} is behind the last of the {len(texts)} prompts of {dataset.name} {args.data_split}"
         )
     made_with = {
@@ -180,7 +181,7 @@ class Grower:
         self.eos_token_id = tokenizer.eos_token_id
         room = None if self.policy.context is None else self.policy.context - plan.shape.max_new_tokens
         if room is not None and room < 1:
-            raise cli.DataError(
+            raise DataError(
                 f"--max_new_tokens {plan.shape.max_new_tokens} leaves no room for a prompt: the models attend to "
                 f"{self.policy.context} tokens"
             )

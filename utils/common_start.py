@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from utils.cached_models import attended_length
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.hdf5_utils import read_trees
 from utils.head_starts import Ridge, fit_ridges, start_at_mean, start_at_ridge
 from utils.models import has_bfloat16, load_tokenizer, resolved_config, vocabulary_size

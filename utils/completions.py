@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from utils.cli import DataError
+from utils.errors import DataError
 
 # Of log-probabilities and log-ratios that are kept: in float64 what lies behind them depends on the batch's shape, so
 # that without it one process's files would differ from those of several.

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from utils.specs import NORMALIZATIONS, Config, ConfigError, nearest
+from utils.errors import ConfigError, nearest
+from utils.specs import NORMALIZATIONS, Config
 from utils.text_formats import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from utils.cli import DataError, progress
+from utils.cli import progress
+from utils.errors import ConfigError, DataError, nearest
 from utils.files import write_csv
 from utils.rows import csv_rows
-from utils.specs import Config, ConfigError, DatasetSpec, SourceSpec, nearest
+from utils.specs import Config, DatasetSpec, SourceSpec
 from utils.text_formats import NO_COLUMN, RowDropped, format_of, prompt_hash, shown_to_reference
 
 TOKENIZER_BATCH = 1000  # texts that are tokenized at a time

@@ -238,22 +238,24 @@ def _prefill(policy: Policy, queue: deque[Job], free: int, batch_size: int, forb
 def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[Job, Completion, Snapshot | None]]:
     """Completions of ended rows, and their states where a job asks for them; the rows are free afterwards."""
     index = torch.as_tensor(ended, device=rows.key.device)
-    count, finished = rows.count[index].tolist(), rows.finished[index].tolist()
-    log_prob, reference_log_prob = rows.log_prob[index].tolist(), rows.reference_log_prob[index].tolist()
-    tokens, log_ratios = rows.tokens[index].tolist(), rows.log_ratios[index].tolist()
+    # In two pieces, since each copy from a device waits for all that it has to do before.
+    whole = torch.column_stack([rows.count, rows.finished, rows.tokens])[index].tolist()
+    real = torch.column_stack([rows.log_prob, rows.reference_log_prob, rows.log_ratios])[index].tolist()
     results = []
-    for i, r in enumerate(ended):
-        log_ratio = log_prob[i] - reference_log_prob[i] if policy.follows_reference else float("nan")
+    for r, (count, finished, *tokens), (log_prob, reference_log_prob, *log_ratios) in zip(
+        ended, whole, real, strict=True
+    ):
+        follows = policy.follows_reference
         completion = Completion(
-            tokens[i][: count[i]],
-            log_ratio,
-            finished[i],
-            log_prob[i],
-            reference_log_prob[i] if policy.follows_reference else float("nan"),
-            log_ratios[i][: count[i]] if policy.follows_reference else [],
+            tokens[:count],
+            log_prob - reference_log_prob if follows else float("nan"),
+            bool(finished),
+            log_prob,
+            reference_log_prob if follows else float("nan"),
+            log_ratios[:count] if follows else [],
             traces[r] or None,
         )
-        state = policy.save([r])[0] if jobs[r].keep_state and not finished[i] else None
+        state = policy.save([r])[0] if jobs[r].keep_state and not finished else None
         results.append((jobs[r], completion, state))
         jobs[r], traces[r] = None, []
     policy.release(ended)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from utils.answers import evaluate, pick
-from utils.cli import DataError, UsageError, aligned, progress
+from utils.cli import aligned, progress
+from utils.errors import DataError, UsageError
 from utils.kl_budget import Measured, Measurements, Search, search_beta
 from utils.methods import Method, Models, check_checkpoints, chunk_size, dry_run, load, load_prompts, run_spec
 from utils.runs import Run, is_complete, open_run, read_arguments, run_parent

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 
 # -------------------------------------------------------------------------------------------------------- whole files
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.cli import DataError
 from utils.completions import Completion
 from utils.decoding import read_by
+from utils.errors import DataError
 from utils.rows import read_rows
 from utils.summaries import mean_and_error
 

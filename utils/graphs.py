@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.cli import DataError, check_graphs
+from utils.cli import check_graphs
+from utils.errors import DataError
 
 Place = tuple[MutableMapping[str, Any], str]  # a tensor that a step reads or changes: whose it is, and its name there
 Replay = Callable[[], None]

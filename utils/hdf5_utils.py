@@ -23,7 +23,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import locked, npy, read_npy, write_atomically
 from utils.trees import Tree, check_tree, expected_log_ratio
 

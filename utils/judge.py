@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import write_atomically
 from utils.specs import Config, DatasetSpec
 

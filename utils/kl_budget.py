@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import open_alone
 
 LARGEST_BETA = 64.0  # with min-max values the likeliest candidate's odds then grow by e^64: nothing is left to tilt

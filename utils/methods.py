@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.answers import Generate, Read, Remembered, Score, sampler
-from utils.cli import DataError, UsageError, found, report_dry_run
+from utils.cli import found, report_dry_run
+from utils.errors import DataError, UsageError
 from utils.places import reference_path, reward_rows, training_command
 from utils.provenance import fingerprint, hash_of
 from utils.runs import RunSpec

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from utils.cli import DataError, quiet_libraries
+from utils.cli import quiet_libraries
+from utils.errors import DataError
 from utils.places import reference_path
 from utils.sharding import this_process
 from utils.specs import Config, DatasetSpec

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli import DataError, UsageError
+from utils.errors import DataError, UsageError, nearest
 from utils.plain_pickle import Global, Instance, read_pickle
-from utils.specs import nearest
 from utils.trees import Tree, back_up
 
 MAX_NODES = 1_000_000  # of a tree

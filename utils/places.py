@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import DataError, found
+from utils.cli import found
+from utils.errors import DataError
 from utils.files import write_json
 from utils.specs import Config, DatasetSpec, ObjectiveSpec
 

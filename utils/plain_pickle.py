@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 
 MAX_BYTES = 1 << 30
 MAX_OPCODES = 100_000_000

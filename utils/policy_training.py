@@ -12,8 +12,8 @@ import torch
 from utils import models, ppo
 from utils.adapters import new_policy
 from utils.cached_models import attended_length
-from utils.cli import DataError
 from utils.data import encode_prompts
+from utils.errors import DataError
 from utils.rewards import RewardSet
 from utils.specs import Config, DatasetSpec, PPOSpec
 from utils.text_formats import answer_texts

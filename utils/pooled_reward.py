@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import DataError, progress
+from utils.cli import progress
+from utils.errors import DataError
 from utils.files import npy, read_npy, write_atomically
 from utils.prefix_tree import ROW_TOKENS, read_rows
 

@@ -47,8 +47,9 @@ from torch import Tensor, nn
 
 from utils import tilting
 from utils.checkpoint import Checkpoint
-from utils.cli import DataError, progress
+from utils.cli import progress
 from utils.decoding import decode
+from utils.errors import DataError
 from utils.files import write_atomically, write_csv, write_json
 from utils.optimization import add_up
 from utils.policies import ReferencePolicy

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.cli import DataError, progress
+from utils.cli import progress
 from utils.data import in_hash_range
+from utils.errors import DataError
 from utils.rows import iter_rows
 from utils.specs import Config, DatasetSpec, ObjectiveSpec, SourceSpec
 from utils.text_formats import ASSISTANT, RowDropped, format_of, last_turn, shown_to_reference

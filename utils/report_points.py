@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.rivals import MIXED_FROM_SINGLE, SINGLE_POLICY
 from utils.runs import ARGUMENTS, REWARDS, SAMPLES, SUMMARY, read_arguments, read_samples
 from utils.summaries import GENERATED, MEASURES, mean_and_error, per_prompt

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.pareto import (
     equal_kl,
     hypervolume_draws,

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import cli, models, pooled_reward
+from utils import models, pooled_reward
 from utils.cached_models import context_length
+from utils.errors import UsageError
 from utils.files import read_json, write_atomically
 from utils.judge import Judge, fit_judge_labels, fit_judge_pairs
 from utils.preferences import Conversation, LabelledText, Pair, dataset_of, read_labelled, read_pairs
@@ -336,7 +337,7 @@ def check_head(config: Config, spec: ObjectiveSpec) -> None:
     """Raise a UsageError where the head is not of the kind that the configuration will look for."""
     kind = {"linear": "pooled", "full": "classifier"}[spec.training.head]
     if spec.kind != kind:
-        raise cli.UsageError(
+        raise UsageError(
             f"--head {spec.training.head} makes a reward model of kind {kind!r}, but objectives.{spec.name}.kind in "
             f"{config.path} is {spec.kind!r}; change it there, or give an --output_dir of its own"
         )

@@ -19,7 +19,7 @@ import torch
 from utils import models
 from utils.batching import length_batches, pad_right
 from utils.cached_models import context_length
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.places import training_command
 from utils.pooled_reward import PooledHead, encode_texts, load_head, pooled_features, trunk_fingerprint
 from utils.prefix_tree import ROW_TOKENS, classifies_rows, read_rows

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import read_json
 from utils.places import RECORD, check_adapter_folder, reference_path
 from utils.provenance import fingerprint

@@ -32,7 +32,7 @@ from typing import Self
 
 import yaml
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import command_line, locked, write_atomically, write_csv
 from utils.provenance import git_commit, identity, versions
 from utils.summaries import MEASURES, Statistic, format_summary, per_prompt, summarize

@@ -11,17 +11,9 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from utils.cli import (
-    UsageError,
-    add_common,
-    add_graphs_argument,
-    check_beta,
-    check_graphs,
-    config_from,
-    parse_front,
-    parse_weights,
-)
-from utils.specs import NORMALIZATIONS, Config, DatasetSpec, nearest
+from utils.cli import add_common, add_graphs_argument, check_beta, check_graphs, config_from, parse_front, parse_weights
+from utils.errors import UsageError, nearest
+from utils.specs import NORMALIZATIONS, Config, DatasetSpec
 
 # Decoding of the published versions. Without normalisation v1 clips beta * value; v3 does not, and forbids an empty
 # answer.

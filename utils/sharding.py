@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Self, TypeVar
 
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 LEASE = 120.0  # seconds without a heartbeat after which a process counts as gone
 BEAT = 10.0  # seconds between two heartbeats

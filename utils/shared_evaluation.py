@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.answers import answer_part
-from utils.cli import DataError, UsageError, progress
+from utils.cli import progress
+from utils.errors import DataError, UsageError
 from utils.evaluation import describe, log_to_wandb, points_table, report_point
 from utils.files import write_atomically
 from utils.methods import Method, Models, chunk_size, load, run_spec

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.places import ADAPTER, check_adapter_folder
 
 CONFIG, TENSORS = ADAPTER

@@ -7,24 +7,13 @@ one entry in one YAML file. `utils.config.load_config` reads one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.errors import ConfigError, nearest
+
 NORMALIZATIONS = ("minmax", "none", "zscore")  # of values over the candidates of a step
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line that says what to do."""
-
-
-def nearest(name: str, valid) -> str:
-    """The end of an error message: the nearest valid name, if one is near, and the list of all."""
-    valid = sorted(str(v) for v in valid)
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(valid) if valid else '(none)'}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from utils.cli import UsageError, parse_iterations, same_iteration
+from utils.cli import parse_iterations, same_iteration
+from utils.errors import UsageError
 from utils.methods import Method, Models
 from utils.places import candidate_head_command, candidate_head_path, value_model_command, value_model_folder
 from utils.provenance import fingerprint

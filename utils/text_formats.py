@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from utils.specs import DatasetSpec, nearest
+from utils.errors import nearest
+from utils.specs import DatasetSpec
 
 
 class RowDropped(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import same_header, write_atomically
 from utils.fit_measures import explained_variance, fit_report
 from utils.tree_examples import validation_nodes

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from utils.cli import DataError, check_wandb
+from utils.cli import check_wandb
+from utils.errors import DataError
 from utils.files import flat
 
 PROJECT = "mavis"

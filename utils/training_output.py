@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.files import flat, hold, put_in_place, same_setting, write_atomically
 from utils.places import ADAPTER, record_checksum
 

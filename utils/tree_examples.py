@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.trees import Tree, expected_log_ratio
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import ppo
 from utils.adapters import lora_config
-from utils.cli import DataError, UsageError
+from utils.errors import DataError, UsageError
 from utils.files import write_json
 from utils.models import has_bfloat16
 from utils.places import last_checkpoint

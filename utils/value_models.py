@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from utils.adapters import load_adapter, lora_config
 from utils.cached_models import backbone_of
-from utils.cli import DataError
+from utils.errors import DataError
 from utils.models import first_layers, load_pretrained, load_tokenizer, pick_dtype
 from utils.places import check_adapter_folder, value_model_command, value_model_folder
 from utils.shared_base import AdapterStack

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from utils.checkpoint import Checkpoint
-from utils.cli import DataError, progress
+from utils.cli import progress
+from utils.errors import DataError
 from utils.files import write_csv
 from utils.fit_measures import validation_report
 from utils.node_values import head_weight, node_values, predict, values_of_states

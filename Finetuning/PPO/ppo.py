@@ -25,18 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import rivals
-from utils.cli import (
-    UsageError,
-    add_common,
-    config_from,
-    found,
-    objectives_of,
-    overridden,
-    pick_one_gpu,
-    report_dry_run,
-    run,
-)
+from utils.cli import add_common, config_from, found, objectives_of, overridden, pick_one_gpu, report_dry_run, run
 from utils.config import number_problem
+from utils.errors import UsageError
 from utils.files import lets_go
 from utils.places import reference_path, reward_rows
 from utils.specs import Config, DatasetSpec, PPOSpec

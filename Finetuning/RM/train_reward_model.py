@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import cli
 from utils.config import number_problem
+from utils.errors import UsageError
 from utils.files import hold, is_made, lets_go, whole_folder
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     spec = config.objective(args.objective)
     if spec.training is None:
-        raise cli.UsageError(
+        raise UsageError(
             f"objectives.{spec.name} has no `training` entry in {config.path}: its reward is "
             f"{spec.path or spec.function}"
         )

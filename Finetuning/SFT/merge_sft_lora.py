@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import DataError, UsageError, add_common, config_from, found, report_dry_run, run
+from utils.cli import add_common, config_from, found, report_dry_run, run
+from utils.errors import DataError, UsageError
 from utils.files import hold, is_made, lets_go, read_json, whole_folder
 from utils.specs import Config
 

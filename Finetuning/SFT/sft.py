@@ -24,17 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import (
-    DataError,
-    UsageError,
-    add_common,
-    config_from,
-    found,
-    overridden,
-    pick_one_gpu,
-    report_dry_run,
-    run,
-)
+from utils.cli import add_common, config_from, found, overridden, pick_one_gpu, report_dry_run, run
+from utils.errors import DataError, UsageError
 from utils.files import (
     command_line,
     differing,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.cli import DataError, quiet_libraries, run
+from utils.cli import quiet_libraries, run
+from utils.errors import DataError
 
 
 def build_parser() -> ArgumentParser:
