@@ -114,7 +114,7 @@ def _token_table_series(settings: Settings, args: Namespace) -> dict:
 
 def _token_table_files(settings: Settings, args: Namespace) -> dict:
     folder = _token_table_dir(settings, args)
-    common = f"--config {settings.config.path} --dataset {settings.spec.name} --output_dir {folder}"
+    common = f"{settings.config.flags} --dataset {settings.spec.name} --output_dir {folder}"
     return {
         f"token table of {n}": (f"{folder}/{n}.safetensors", f"python fit_token_table.py <labelled trees> {n} {common}")
         for n in settings.weights

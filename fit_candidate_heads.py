@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     seen = candidates.watch(
         reference, value_models, encode_prompts(dataset, tokenizer, texts, room), betas=betas, top_k=decoding.top_k,
         temperature=decoding.temperature, normalization=decoding.normalization, max_new_tokens=dataset.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size or decoding.batch_size, seed=args.seed,
+        eos_token_id=models.stop_tokens(reference, tokenizer), batch_size=args.batch_size or decoding.batch_size,
+        seed=args.seed,
     )  # fmt: skip
     with Tracker(args.wandb, "fit_candidate_heads", settings={"objectives": objectives}) as tracker:
         for name in objectives:

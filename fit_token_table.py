@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     objectives = cli.objectives_of(dataset, args.objective)
+    args.data_dir = config.find(args.data_dir)
     output = args.output_dir or config.default_path("token_tables")
     if args.l2 is not None and not args.l2 > 0:
         raise UsageError(f"--l2 must be above 0, got {args.l2}")

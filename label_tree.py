@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     objectives = cli.objectives_of(dataset, args.objective)
+    args.data_dir = config.find(args.data_dir)
     for flag in ("batch_size", "chunk"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag} must be at least 1, got {getattr(args, flag)}")

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
+    args.data_dir = config.find(args.data_dir)
     output_dir = args.output_dir or config.default_path("data_for_training", dataset.name, args.data_dir.resolve().name)
     if args.num_val is not None and args.num_val < 1:
         raise UsageError(f"--num_val must be at least 1, got {args.num_val}")

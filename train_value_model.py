@@ -152,11 +152,9 @@ def plan_of(args, config: Config, dataset: DatasetSpec, objective: ObjectiveSpec
         if iteration is None and getattr(args, name) is None:
             place = f"--init_checkpoint {args.init_checkpoint} is not .../iter_<N>/{objective.name}"
             raise UsageError(f"{place}, so --{name} is needed")
-    data_dir = args.data_dir or config.default_path("data_for_training", dataset.name, f"iter_{iteration}")
-    init = None
-    if args.init_checkpoint:  # as given, from where the user is; else from the workspace
-        given = Path(args.init_checkpoint)
-        init = given if given.exists() else Path(config.locate(args.init_checkpoint))
+    default = ("data_for_training", dataset.name, f"iter_{iteration}")
+    data_dir = config.find(args.data_dir) if args.data_dir else config.default_path(*default)
+    init = config.find(args.init_checkpoint) if args.init_checkpoint else None
     output = args.output_dir or value_model_folder(config, None, iteration, objective.name)
     return Plan(objective, spec, Path(data_dir), init, Path(output))
 
@@ -279,6 +277,11 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
         f"{metrics['seconds']:.0f} s, "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
+    if fit["correlation_within_prompt"] < 2 * fit["correlation_within_prompt_error"]:
+        accelerator.print(
+            "note: within a prompt it explains nothing that can be told from chance, so it cannot steer; what helps: "
+            "more trees, or value_model.pooling: mean with training.head_start: ridge"
+        )
 
 
 if __name__ == "__main__":

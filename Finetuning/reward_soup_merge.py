@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     for content, name in bases.items():
         record |= {"base_content": content, "base_model": name}
     write_adapter(output, adapter_config, tensors, record)
-    print(f"merged adapter: {output} (rank {adapter_config['r']}, {len(tensors) // 2} layers)")
+    print(f"merged adapter: {output} (rank {adapter_config['r']}, {len(tensors) // 2} modules)")
     return 0
 
 

@@ -3,6 +3,22 @@
 # The environment is .venv, or the folder that MAVIS_VENV names; it is made anew when requirements.txt changes.
 set -euo pipefail
 
+# Relative paths among the arguments of the script that sources this are meant from where its user is, as the stages take
+# them: of --config and --workspace, and a configuration that is the first argument.
+GIVEN=() BEFORE=
+for ARGUMENT in "$@"; do
+  case $BEFORE in
+    --workspace) ARGUMENT=$(realpath -m "$ARGUMENT") ;;
+    --config | "") if [ -f "$ARGUMENT" ]; then ARGUMENT=$(realpath "$ARGUMENT"); fi ;;
+  esac
+  case $ARGUMENT in
+    --workspace=*) ARGUMENT=--workspace=$(realpath -m "${ARGUMENT#*=}") ;;
+    --config=*) if [ -f "${ARGUMENT#*=}" ]; then ARGUMENT=--config=$(realpath "${ARGUMENT#*=}"); fi ;;
+  esac
+  GIVEN+=("$ARGUMENT") BEFORE=$ARGUMENT
+done
+set -- "${GIVEN[@]}"
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${MAVIS_VENV:-.venv}
 STAMP=$VENV/.requirements

@@ -333,7 +333,10 @@ def test_a_file_that_is_no_configuration_exits_2(fails, tmp_path, text, said):
         (at("value_model", "num_layers", 1), "its base: 0 of 15 tensors are missing and 28 have no place"),
         (at("value_model", "path", "gone"), "no folder 'gone'; make it with: python scripts/tiny/make_world.py"),
         (at(*ANTHROPIC, "max_new_tokens", 500), "leaves no room for a prompt: the models attend to 128 tokens"),
-        (at("objectives", "help", {"kind": "classifier", "path": "base_model", "label": 7}), "label is 7"),
+        (
+            at("objectives", "help", {"kind": "classifier", "path": "base_model"}),
+            "lacks 1 weights of a LlamaForSequence",
+        ),
         (at("objectives", "help", {"kind": "classifier", "path": "gone"}), "reward model of help"),
     ],
 )
@@ -342,6 +345,17 @@ def test_what_a_configuration_names_and_is_not_there_exits_1(world, fails, chang
     config = world.edit(change)
     fails(mavis, *MAVIS, "--prompt", SUBJECT, config=config, status=1, said=said)
     fails(mavis, *MAVIS, "--seed", 77, config=config, status=1, said=said)
+
+
+def test_a_label_that_a_reward_model_lacks_exits_1(world, fails, tmp_path):
+    import torch
+
+    from utils.models import new_sequence_classifier
+
+    for made in new_sequence_classifier(str(world.ws / "base_model"), torch.device("cpu")):
+        made.save_pretrained(tmp_path / "reward")
+    entry = {"kind": "classifier", "path": str(tmp_path / "reward"), "label": 7}
+    fails(mavis, *MAVIS, config=world.edit(at("objectives", "help", entry)), status=1, said="label is 7")
 
 
 # ------------------------------------------------------------------------------------------------ what is missing

@@ -30,6 +30,16 @@ def test_what_is_no_pair_of_objectives_is_refused_before_anything_runs(rival_wor
     assert "==" not in done.stdout and not list(tmp_path.iterdir())
 
 
+def test_relative_paths_are_meant_from_where_the_user_is(rival_world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my world.yaml").write_text((rival_world.folder / "world.yaml").read_text())
+    command = ["bash", str(REPOSITORY / "scripts" / "compare.sh"), "my world.yaml", "--workspace", "../its place"]
+    environment = os.environ | {"PAIRS": "help,harm", "METHODS": "table mavis"}  # for which nothing is there
+    done = subprocess.run(command, cwd=tmp_path / "mine", env=environment, capture_output=True, text=True, timeout=300)
+    assert f"no token tables of help,harm in {tmp_path / 'its place'}/token_tables" in done.stdout, done.stderr
+    assert done.returncode != 0  # for there is nothing to report
+
+
 @pytest.mark.slow
 def test_every_method_lands_in_one_report_and_nothing_is_done_twice(rival_world, tmp_path):
     """About two minutes: the trainings take a step each, the evaluations two prompts."""

@@ -14,6 +14,7 @@ from utils.cached_models import attention_window
 from utils.costs import forward_flops
 from utils.decoding import decode, score_texts
 from utils.errors import DataError
+from utils.models import stop_tokens
 from utils.policies import MavisPolicy, MixturePolicy, PromptTablePolicy, ReferencePolicy, TokenTablePolicy
 
 EOS = 2
@@ -506,6 +507,30 @@ def test_a_policy_of_several_models_cannot_stand_for_the_reference():
                 lambda: score_texts(mixture, [[5]], [[6]])):  # fmt: skip
         with pytest.raises(ValueError, match="MixturePolicy cannot stand for it"):
             use()
+
+
+def test_answers_end_at_each_of_the_models_stop_tokens():
+    """The tokenizer's, and the special tokens of the generation configuration; a word of that number is none."""
+    tokens = {
+        0: special("<pad>"),
+        2: special("</s>"),
+        7: special("<end_of_turn>"),
+        8: special("<img>"),
+        9: special("a", False),
+    }
+    tokenizer = SimpleNamespace(eos_token_id=2, added_tokens_decoder=tokens)
+    model = causal_lm("llama_full")
+    found = {}
+    for named in (None, 2, 7, [7, 2], [9, 7, 30]):
+        model.generation_config.eos_token_id = named
+        found[str(named)] = stop_tokens(model, tokenizer)
+    assert found == {"None": [2], "2": [2], "7": [2, 7], "[7, 2]": [2, 7], "[9, 7, 30]": [2, 7]}
+    tokenizer.eos_token_id = None
+    assert stop_tokens(model, tokenizer) == [7]
+
+
+def special(text, is_special=True):
+    return SimpleNamespace(content=text, special=is_special)
 
 
 def test_the_work_of_a_token_is_what_a_step_reads():

@@ -1,5 +1,6 @@
 """The loading code of configs/paper_7b.yaml on small random models of the published architectures and tokenizers."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -292,6 +293,29 @@ def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(world, tmp_path)
     world.tokenizer.save_pretrained(tmp_path / "model")  # with [PAD], for which the model has no embedding
     with pytest.raises(DataError, match=r"has \d+ tokens, the model \d+; it was saved with another model"):
         models.load_reference(world.config, world.config.dataset("summary"), CPU, path=str(tmp_path / "model"))
+
+
+def test_weights_that_a_checkpoint_lacks_are_refused_and_not_drawn(world, tmp_path):
+    """A reward from a language model, or a reference from a classifier, would be noise that differs from run to run."""
+    base = world.config.base_model.path
+    with pytest.raises(DataError, match=r"lacks 1 weights of a \w+ForSequenceClassification \(first score.weight\)"):
+        models.load_sequence_classifier(base, CPU)
+    model, tokenizer = models.new_sequence_classifier(base, CPU)  # whose head is to be new
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "classifier")
+    assert models.load_sequence_classifier(str(tmp_path / "classifier"), CPU)[0].config.num_labels == 1
+    with pytest.raises(DataError, match=r"lacks 1 weights of a \w+ForCausalLM \(first lm_head.weight\)"):
+        models.load_causal_lm(str(tmp_path / "classifier"), CPU, what="reference model")
+    trunk = models.load_trunk(str(tmp_path / "classifier"), 1, CPU)
+    assert torch.equal(trunk.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_an_adapter_on_modules_that_a_model_lacks_names_those_that_it_has(world):
+    lora = dataclasses.replace(world.config.value_model.lora, target_modules=("query_key_value", "dense"))
+    spec = dataclasses.replace(world.config.value_model, lora=lora)
+    config = dataclasses.replace(world.config, value_model=spec)
+    with pytest.raises(DataError, match="query_key_value, dense: .* has none of these.*down_proj, gate_proj, k_proj"):
+        value_models.new_value_model(config, world.tokenizer, len(world.tokenizer), CPU)
 
 
 def test_pickled_weights_are_refused(world, tmp_path):

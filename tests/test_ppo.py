@@ -127,7 +127,7 @@ def new_policy(name="llama_grouped_tied", eos=EOS, dtype=torch.float64, seed=0, 
         lora = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, lora_dropout=0.5, target_modules=modules,
                           fan_in_fan_out=name == "gpt2")  # fmt: skip
         model = get_peft_model(causal_lm(name, dtype=dtype), lora).to(dtype)
-        policy = ppo.PolicyWithValue(model, eos, temperature=temperature)
+        policy = ppo.PolicyWithValue(model, [eos], temperature=temperature)
         if scale:
             with torch.no_grad():
                 for parameter in policy.trained().values():
@@ -255,7 +255,7 @@ def bandit(coef, folder, *, arms=16, steps=60):
         torch.nn.init.normal_(model.lm_head.weight, std=0.25)  # an uneven reference
         modules = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules))
-        policy = ppo.PolicyWithValue(model, None)
+        policy = ppo.PolicyWithValue(model, [])
     reward = torch.rand(arms, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     prompt = [5, 6, 7]
 

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from utils.errors import DataError
 from utils.models import load_reference
@@ -32,6 +33,22 @@ def lora_config(lora: LoraSpec, task_type: str = "CAUSAL_LM", **more) -> LoraCon
         target_modules=list(lora.target_modules),
         **more,
     )
+
+
+def with_new_adapter(model: PreTrainedModel, lora: LoraSpec, task_type: str = "CAUSAL_LM", **more) -> PeftModel:
+    """A model with a fresh adapter to train; `more` as in `lora_config`.
+
+    Raises:
+        DataError: the adapter's modules are not the model's; the names of its linear layers are said.
+    """
+    try:
+        return get_peft_model(model, lora_config(lora, task_type, **more))
+    except ValueError as error:
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+        raise DataError(
+            f"lora.target_modules {', '.join(lora.target_modules)}: {model.name_or_path} has none of these; its linear "
+            f"layers are called {', '.join(sorted(linear))}; name some of them in the configuration"
+        ) from error
 
 
 def load_adapter(
@@ -107,9 +124,4 @@ def new_policy(
     model, tokenizer = load_reference(config, dataset, device, path, dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            policy = get_peft_model(model, lora_config(lora))
-        except ValueError as error:
-            modules = list(lora.target_modules)
-            raise DataError(f"lora.target_modules {modules} do not fit {model.name_or_path}: {error}") from error
-    return policy, tokenizer
+        return with_new_adapter(model, lora), tokenizer

@@ -31,7 +31,7 @@ def sampler(
     *,
     num_samples: int,
     max_new_tokens: int,
-    eos_token_id: int,
+    eos_token_id: Sequence[int],
     batch_size: int,
     suppress_first_eos: bool = False,
 ) -> Generate:

@@ -77,7 +77,7 @@ def sample_pairs(
     top_k: int,
     temperature: float,
     max_new_tokens: int,
-    eos_token_id: int,
+    eos_token_id: Sequence[int],
     batch_size: int,
     accelerator=None,
 ) -> list[TokenPair]:
@@ -111,6 +111,7 @@ def reference_pairs(
     resumed run has them."""
     from utils.cached_models import attended_length
     from utils.data import encode_prompts
+    from utils.models import stop_tokens
     from utils.rewards import RewardSet
     from utils.text_formats import answer_texts
 
@@ -126,7 +127,7 @@ def reference_pairs(
     with model.disable_adapter():
         pairs = sample_pairs(
             model, prompts, score, spec, top_k=config.decoding.top_k, temperature=config.decoding.temperature,
-            max_new_tokens=dataset.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=dataset.max_new_tokens, eos_token_id=stop_tokens(model.get_base_model(), tokenizer),
             batch_size=config.decoding.batch_size, accelerator=accelerator,
         )  # fmt: skip
     if accelerator is None or accelerator.is_main_process:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from utils import tilting
 from utils.cached_models import without_adapter
 from utils.cli import progress
-from utils.completions import steps_between_looks
+from utils.completions import eos_tensor, steps_between_looks
 from utils.errors import DataError
 from utils.files import same_header, write_atomically
 from utils.policies import MavisPolicy, last_states
@@ -108,7 +108,7 @@ def watch(
     temperature: float,
     normalization: str,
     max_new_tokens: int,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     batch_size: int,
     seed: int = 0,
 ) -> Seen:
@@ -139,13 +139,17 @@ def watch(
 
 
 def _watch_batch(
-    policy: _Watching, prompts: Mapping[int, Sequence[int]], max_new_tokens: int, eos_token_id: int | None, seed: int
+    policy: _Watching,
+    prompts: Mapping[int, Sequence[int]],
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    seed: int,
 ) -> Seen:
     """Answer some prompts, {index: token ids}, in one batch. All that is seen stays on the device until its end."""
     policy.open(len(prompts))
     policy.load(range(len(prompts)), policy.prefill([list(p) for p in prompts.values()]))
     keys = torch.tensor([tilting.fold_key((seed, i)) for i in prompts], device=policy.device)
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=policy.device)
+    eos, alive = eos_tensor(eos_token_id, policy.device), torch.ones_like(keys, dtype=torch.bool)
     unsound, steps = torch.zeros_like(alive)[:, None], []
     for t in range(max_new_tokens):
         step = policy.distribution()
@@ -153,7 +157,7 @@ def _watch_batch(
         unsound = unsound | (alive[:, None] & policy.unsound)
         choice = tilting.sample(step.p_tilt, tilting.uniforms(keys, torch.full_like(keys, t)))
         taken = step.token_ids.gather(1, choice.unsqueeze(1)).squeeze(1)
-        alive = alive & (taken != (-1 if eos_token_id is None else eos_token_id))
+        alive = alive & ~torch.isin(taken, eos)
         if t + 1 == max_new_tokens or ((t + 1) % steps_between_looks(policy.device) == 0 and not bool(alive.any())):
             break
         policy.advance(choice)

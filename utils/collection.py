@@ -171,14 +171,14 @@ class Grower:
         """
         from utils.data import encode_prompts
         from utils.graphs import graphs_for
-        from utils.models import load_reference, pick_device
+        from utils.models import load_reference, pick_device, stop_tokens
 
         plan, device = self.plan, pick_device(args.device)
         graphs = graphs_for(device, args.cuda_graphs, config.decoding.cuda_graphs)
         reference, tokenizer = load_reference(config, dataset, device)
         self.policy = build(reference, tokenizer, device, plan.top_k, plan.temperature)
         self.policy.graphs = graphs
-        self.eos_token_id = tokenizer.eos_token_id
+        self.eos_token_id = stop_tokens(reference, tokenizer)
         room = None if self.policy.context is None else self.policy.context - plan.shape.max_new_tokens
         if room is not None and room < 1:
             raise DataError(

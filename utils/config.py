@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -119,7 +120,10 @@ def load_config(path: str | os.PathLike | None = None, workspace: str | os.PathL
         data["workspace"] = str(Path(workspace).absolute())
     elif "workspace" in data:
         data["workspace"] = str((REPOSITORY / str(data["workspace"])).resolve())
-    config = _build(Config, data, "", file, path=file)
+    flags = f"--config {shlex.quote(str(file))}"
+    if workspace is not None:
+        flags += f" --workspace {shlex.quote(str(workspace))}"
+    config = _build(Config, data, "", file, path=file, flags=flags)
     _check(config)
     return config
 

@@ -27,6 +27,9 @@ def tokenize_prompts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(list(texts))["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None:  # a template that begins with it, and a tokenizer that puts one before every text
+        encoded = [ids[1:] if list(ids[:2]) == [bos, bos] else ids for ids in encoded]
     eos, token = tokenizer.eos_token_id, tokenizer.eos_token
     if eos is None:
         return encoded
@@ -190,7 +193,7 @@ def read_prompts(path: str | os.PathLike, config: Config | None = None) -> list[
 def _made_by(path: Path, config: Config | None) -> str:
     """The command that makes a prompts file, from its name."""
     name, _, split = path.name.removesuffix("_deduped.csv").rpartition("_")
-    option = f" --config {config.path}" if config is not None else ""
+    option = f" {config.flags}" if config is not None else ""
     if not name or not path.name.endswith("_deduped.csv"):
         return f"dataset_preprocess.py makes such files: python dataset_preprocess.py <data set> --split test{option}"
     return f"make it with: python dataset_preprocess.py {name} --split {split}{option}"

@@ -221,7 +221,13 @@ def dry_run(points: Sequence[Settings], methods: Sequence[Method]) -> None:
 
     config, spec, split = points[0].config, points[0].spec, points[0].split
     file = prompts_csv(config, spec, split)
-    rows = [("prompts", str(file), found(str(file), f"python dataset_preprocess.py {spec.name} --split {split}"))]
+    rows = [
+        (
+            "prompts",
+            str(file),
+            found(str(file), f"python dataset_preprocess.py {spec.name} --split {split} {config.flags}"),
+        )
+    ]
     for settings, method in zip(points, methods, strict=True):
         loaded = checkpoints(settings, method).items()
         rows += [(what, str(path), found(str(path), by)) for what, (path, by) in loaded]
@@ -255,11 +261,13 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
     from utils.data import encode_prompts
     from utils.decoding import read_by
     from utils.graphs import graphs_for
+    from utils.models import stop_tokens
     from utils.text_formats import answer_texts
 
     by_default = settings.config.decoding.cuda_graphs and method.decodes
     graphs = graphs_for(models.device, settings.cuda_graphs, by_default)
     policy, tokenizer = method.build(settings, models), models.tokenizer
+    ends = stop_tokens(models.reference, tokenizer)
     if graphs is not None:
         policy.graphs = graphs
     room = (policy.context or 1 << 30) - settings.max_new_tokens
@@ -268,7 +276,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
             f"--max_new_tokens {settings.max_new_tokens} leaves no room for a prompt: the models attend to "
             f"{policy.context} tokens"
         )
-    if settings.suppress_first_eos and settings.top_k >= models.vocab_size:
+    if settings.suppress_first_eos and settings.top_k > models.vocab_size - len(ends):
         raise UsageError(
             f"--suppress_first_eos leaves fewer than --topk {settings.top_k} of the {models.vocab_size} tokens"
         )
@@ -277,13 +285,13 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
         return dict(zip(prompts, encode_prompts(settings.spec, tokenizer, list(prompts.values()), room), strict=True))
 
     if method.generator is not None:
-        generate = method.generator(settings, policy, tokenizer.eos_token_id)
+        generate = method.generator(settings, policy, ends)
     else:
         generate = sampler(
             policy,
             num_samples=method.num_samples,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             batch_size=settings.batch_size,
             suppress_first_eos=settings.suppress_first_eos,
         )

@@ -83,10 +83,11 @@ def has_bfloat16(device: torch.device) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def load_pretrained(loader, path: str, what: str, made_by: str = "", **kwargs):
+def load_pretrained(loader, path: str, what: str, made_by: str = "", *, new_head: bool = False, **kwargs):
     """`loader.from_pretrained` whose failures are one line that says what was looked for and what makes it.
 
-    What a command of the project makes (`made_by`) lies in a folder, so that the Hub is not asked for it.
+    What a command of the project makes (`made_by`) lies in a folder, so that the Hub is not asked for it. Weights that
+    a checkpoint lacks would come out random: only a head may be lacking, where `new_head` says that it is to be new.
     """
     path = str(path)
     if os.path.isdir(path) and not any(Path(path).iterdir()):
@@ -94,15 +95,34 @@ def load_pretrained(loader, path: str, what: str, made_by: str = "", **kwargs):
     if made_by and not os.path.isdir(path):
         raise DataError(f"{what}: no folder {path!r}; make it with: {made_by}")
     try:
-        if loader not in (AutoTokenizer, AutoConfig):
-            kwargs["use_safetensors"] = True  # where the Hub has pickles alone, the Hub's conversion is taken
-        return loader.from_pretrained(path, **kwargs)
+        if loader in (AutoTokenizer, AutoConfig):
+            return loader.from_pretrained(path, **kwargs)
+        # Where the Hub has pickles alone, the Hub's conversion is taken.
+        model, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         hint = f"make it with: {made_by}" if made_by else "give a folder or a Hub name that this machine can reach"
         raise DataError(
             f"{what}: no usable checkpoint at {path!r} ({type(error).__name__}: {reason}); {hint}"
         ) from error
+    inside = model.base_model_prefix + "."  # a pooler (of encoders) is read by nothing here
+    lacking = [k for k in report["missing_keys"] if "pooler." not in k and (k.startswith(inside) or not new_head)]
+    if lacking:
+        raise DataError(
+            f"{what}: the checkpoint at {path!r} lacks {len(lacking)} weights of a {type(model).__name__} (first "
+            f"{min(lacking)}), which would be random; it was saved as another kind of model"
+        )
+    return model
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's end-of-sequence token, and those special tokens that the model's
+    `generation_config` names besides (the end of a turn, in many chat models), as for transformers' `generate`."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *(i for i in named if i in special)]))
 
 
 def load_tokenizer(
@@ -226,6 +246,7 @@ def new_sequence_classifier(
             path,
             "base model",
             made_by,
+            new_head=True,
             dtype=torch.float32,
             num_labels=1,
             **first_layers(path, num_layers, "base model", made_by),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,20 +37,20 @@ def value_model_folder(config: Config, value_model_dir: str | Path | None, itera
 
 def value_model_command(config: Config, objective: str, folder: str | Path) -> str:
     """The command that trains an objective's value model into `<root>/iter_<N>/<objective>`, but for its data."""
-    iteration, root = Path(folder).parent.name, Path(folder).parent.parent
+    iteration, before = Path(folder).parent.name, Path(folder).parent.parent
     command = (
-        f"python train_value_model.py --config {config.path} --dataset {dataset_of(config, objective)} "
-        f"--objective {objective} --data_dir <labelled trees> --output_dir {folder}"
+        f"python train_value_model.py {config.flags} --dataset {dataset_of(config, objective)} "
+        f"--objective {objective} --data_dir <labelled trees> --output_dir {shlex.quote(str(folder))}"
     )
     if match := re.fullmatch(r"iter_([1-9]\d*)", iteration):  # it goes on from the one before it
-        command += f" --init_checkpoint {root}/iter_{int(match[1]) - 1}/{objective}"
+        command += f" --init_checkpoint {shlex.quote(str(before / f'iter_{int(match[1]) - 1}' / objective))}"
     return command
 
 
 def candidate_head_command(config: Config, objective: str, iteration: int | str) -> str:
     """The command that fits an objective's candidate head."""
     return (
-        f"python fit_candidate_heads.py {objective} --config {config.path} --dataset {dataset_of(config, objective)} "
+        f"python fit_candidate_heads.py {objective} {config.flags} --dataset {dataset_of(config, objective)} "
         f"--value_model_iter {iteration}"
     )
 
@@ -102,7 +103,7 @@ def training_command(config: Config, spec: ObjectiveSpec) -> str:
     """The command that makes an objective's reward model, or "" if it is a published one."""
     if spec.training is None:
         return ""
-    return f"python Finetuning/RM/train_reward_model.py --config {config.path} --objective {spec.name}"
+    return f"python Finetuning/RM/train_reward_model.py {config.flags} --objective {spec.name}"
 
 
 def reward_rows(config: Config, objectives: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from utils.pareto import pareto_front
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#777777")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "h")  # not as many as colours, which would come round together
 COLUMNS = 6  # panels beside each other; more would be too small to read
 CROWD = 24  # points in a front beyond which not each has its text, and intervals are fainter
 

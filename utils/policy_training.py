@@ -76,7 +76,8 @@ def train_policy(
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             model.train()
-        policy = ppo.PolicyWithValue(model, tokenizer.eos_token_id, temperature=config.decoding.temperature)
+        ends = models.stop_tokens(model.get_base_model(), tokenizer)
+        policy = ppo.PolicyWithValue(model, ends, temperature=config.decoding.temperature)
         rows = ppo.train(
             policy, prompts, score, task.weights, spec, task.folder,
             top_k=spec.top_k, max_new_tokens=task.max_new_tokens, decode_batch_size=config.decoding.batch_size,

@@ -139,9 +139,9 @@ class AdaptiveKL:
 # ------------------------------------------------------------------------------------------------------- the policy
 
 
-def without_token(logits: Tensor, token: int) -> Tensor:
-    """Logits (..., V) in which one token has no probability."""
-    return logits.index_fill(-1, torch.tensor([token], device=logits.device), -math.inf)
+def without_tokens(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Logits (..., V) in which these tokens have no probability."""
+    return logits.index_fill(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device), -math.inf)
 
 
 @dataclass
@@ -173,9 +173,9 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 class PolicyWithValue(nn.Module):
     """A causal language model with one LoRA adapter (PEFT), and a linear value head on its last hidden states."""
 
-    def __init__(self, model: nn.Module, eos_token_id: int | None, *, temperature: float = 1.0):
+    def __init__(self, model: nn.Module, eos_token_ids: Sequence[int], *, temperature: float = 1.0):
         super().__init__()
-        self.model, self.eos_token_id, self.temperature = model, eos_token_id, temperature
+        self.model, self.eos_token_ids, self.temperature = model, list(eos_token_ids), temperature
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # detail 11; the adapter's configuration keeps its number
@@ -203,8 +203,7 @@ class PolicyWithValue(nn.Module):
         finally:
             hook.remove()
         wide = tilting.widened(logits) / self.temperature
-        if self.eos_token_id is not None:
-            wide = torch.cat([without_token(wide[:, :1], self.eos_token_id), wide[:, 1:]], dim=1)
+        wide = torch.cat([without_tokens(wide[:, :1], self.eos_token_ids), wide[:, 1:]], dim=1)
         log_probs = wide.log_softmax(-1).gather(2, texts.tokens[:, -length:, None]).squeeze(2)
         values = self.head(hidden[0][:, -length - 1 : -1].to(self.head.weight.dtype)).squeeze(2)
         return log_probs * texts.mask, values * texts.mask
@@ -245,7 +244,7 @@ def sample_answers(
     training = policy.model.training
     sampler = ReferencePolicy(policy.model, top_k=top_k, temperature=policy.temperature)
     completions = decode(
-        sampler, prompts, keys=keys, max_new_tokens=max_new_tokens, eos_token_id=policy.eos_token_id,
+        sampler, prompts, keys=keys, max_new_tokens=max_new_tokens, eos_token_id=policy.eos_token_ids,
         batch_size=batch_size, suppress_first_eos=True,
     )  # fmt: skip
     policy.model.train(training)

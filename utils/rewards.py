@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -269,8 +270,10 @@ class _Callable:
         except DataError:
             raise
         except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
-                f"the reward {self.spec.name} ({self.spec.function}) failed: {type(error).__name__}: {error}"
+                f"the reward {self.spec.name} ({self.spec.function}) failed: {type(error).__name__}: {error} "
+                f"({place.filename}, line {place.lineno}; MAVIS_DEBUG=1 shows the whole trace)"
             ) from error
         if values.shape != (len(responses),):
             raise DataError(

@@ -12,6 +12,7 @@ the reference. Nothing heavy is imported at the top.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,23 +72,23 @@ def arm_folder(config: Config, dataset: DatasetSpec, objective: str, root: str |
 def ppo_command(config: Config, dataset: DatasetSpec, weights: Mapping[str, float], folder: str | Path) -> str:
     names, values = " ".join(weights), " ".join(f"{w:g}" for w in weights.values())
     return (
-        f"python Finetuning/PPO/ppo.py --config {config.path} --exp_type {dataset.exp_type} --reward_models {names} "
-        f"--reward_weights {values} --output_dir {folder}"
+        f"python Finetuning/PPO/ppo.py {config.flags} --exp_type {dataset.exp_type} --reward_models {names} "
+        f"--reward_weights {values} --output_dir {shlex.quote(str(folder))}"
     )
 
 
 def soup_command(config: Config, dataset: DatasetSpec, weights: Mapping[str, float], folder: str | Path) -> str:
     names, values = " ".join(weights), " ".join(f"{w:g}" for w in weights.values())
     return (
-        f"python Finetuning/reward_soup_merge.py --config {config.path} --dataset {dataset.name} --objectives {names} "
-        f"--weights {values} --output_dir {folder}"
+        f"python Finetuning/reward_soup_merge.py {config.flags} --dataset {dataset.name} --objectives {names} "
+        f"--weights {values} --output_dir {shlex.quote(str(folder))}"
     )
 
 
 def arm_command(config: Config, dataset: DatasetSpec, objective: str, folder: str | Path) -> str:
     return (
-        f"python Finetuning/ARM/train_arm.py --config {config.path} --dataset {dataset.name} --objective {objective} "
-        f"--output_dir {folder}"
+        f"python Finetuning/ARM/train_arm.py {config.flags} --dataset {dataset.name} --objective {objective} "
+        f"--output_dir {shlex.quote(str(folder))}"
     )
 
 

@@ -244,6 +244,7 @@ class Config:
     cpu_dtype: str = "float32"  # of frozen models; "auto": bfloat16 where the hardware has it
     gpu_dtype: str = "bfloat16"
     label: str = ""  # printed in reports, so that a small world's results are not taken for another's
+    flags: str = ""  # what names this configuration, and a workspace that was given, on a command line
 
     def dataset(self, name: str) -> DatasetSpec:
         """The data set of that name (or of that `exp_type`)."""
@@ -263,6 +264,11 @@ class Config:
             return str(self.workspace / path)
         return path
 
+    def find(self, path: str | os.PathLike) -> Path:
+        """A file or folder that the user names: as given, from where the user is, else below the workspace."""
+        given = Path(path)
+        return given if given.exists() or not (self.workspace / given).exists() else self.workspace / given
+
     def portable(self, path: str | os.PathLike) -> str:
         """A path as it is put on record: from the workspace on where it lies there, so that a workspace can move."""
         place, workspace = Path(path).resolve(), self.workspace.resolve()
@@ -280,7 +286,7 @@ class Config:
 
     def as_dict(self) -> dict:
         """Plain data for args.yaml."""
-        return _plain(self)
+        return {name: value for name, value in _plain(self).items() if name != "flags"}
 
 
 def _plain(value):

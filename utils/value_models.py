@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.adapters import load_adapter, lora_config
+from utils.adapters import load_adapter, with_new_adapter
 from utils.cached_models import backbone_of
 from utils.errors import DataError
 from utils.models import first_layers, load_pretrained, load_tokenizer, pick_dtype
@@ -90,6 +90,7 @@ def _value_base(
         path,
         "base of the value models",
         spec.made_by,
+        new_head=True,
         dtype=dtype,
         num_labels=1,
         **first_layers(path, spec.num_layers, "base of the value models", spec.made_by),
@@ -125,7 +126,7 @@ def new_value_model(
             _check_trained_for(Path(init_checkpoint), tokenizer, spec.pooling)
             return load_adapter(base, init_checkpoint, is_trainable=True).to(device)
         torch.nn.init.zeros_(base.score.weight)
-        return get_peft_model(base, lora_config(spec.lora, "SEQ_CLS", modules_to_save=["score"])).to(device)
+        return with_new_adapter(base, spec.lora, "SEQ_CLS", modules_to_save=["score"]).to(device)
 
 
 def load_value_model(

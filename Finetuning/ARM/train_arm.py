@@ -93,7 +93,7 @@ def dry_run(args: Namespace, config: Config, dataset: DatasetSpec, objective: st
     base, made_by = reference_path(config, dataset)
     rows = [("reference", base, found(base, made_by))]
     if args.pairs == "reward":
-        made = f"python dataset_preprocess.py {dataset.name} --split train"
+        made = f"python dataset_preprocess.py {dataset.name} --split train {config.flags}"
         rows += [("prompts", str(prompts), found(str(prompts), made)), *reward_rows(config, [objective])]
     report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
 

@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
     file = prompts_csv(config, dataset, "train")
     if args.dry_run:
-        made = f"python dataset_preprocess.py {dataset.name} --split train"
+        made = f"python dataset_preprocess.py {dataset.name} --split train {config.flags}"
         rows = [("reference", base, found(base, made_by)), ("prompts", str(file), found(str(file), made))]
         rows += reward_rows(config, list(weights))
         report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
