@@ -335,7 +335,7 @@ def test_a_file_that_is_no_configuration_exits_2(fails, tmp_path, text, said):
         (at(*ANTHROPIC, "max_new_tokens", 500), "leaves no room for a prompt: the models attend to 128 tokens"),
         (
             at("objectives", "help", {"kind": "classifier", "path": "base_model"}),
-            "lacks 1 weights of a LlamaForSequence",
+            "lacks 1 weights of a Llama",
         ),
         (at("objectives", "help", {"kind": "classifier", "path": "gone"}), "reward model of help"),
     ],

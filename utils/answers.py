@@ -16,6 +16,7 @@ import numpy as np
 from utils.cli import progress
 from utils.judge import distinct_ratio
 from utils.runs import Run
+from utils.summaries import EXACT_KL
 
 # (prompts as token ids, keys, on_completion) -> the candidates of each answer; there is one prompt and key per answer,
 # and on_completion(number of tokens) is called as completions end.
@@ -203,6 +204,8 @@ def pick(
         # Both are nan for a policy that is no tilted reference and was not read once more by the reference.
         if track_kl and not math.isnan(answer.log_ratio):
             row["log_ratio"] = round(float(answer.log_ratio), LOG_RATIO_DECIMALS)
+            if len(candidates[n]) == 1 and not math.isnan(answer.kl_exact):  # of a chosen one it would estimate nothing
+                row |= {name: round(getattr(answer, name), LOG_RATIO_DECIMALS) for name in EXACT_KL}
         if not math.isnan(answer.reference_log_prob):
             row["reference_log_prob"] = round(float(answer.reference_log_prob), LOG_RATIO_DECIMALS)
         generated = sum(len(c.token_ids) for c in candidates[n])

@@ -27,6 +27,9 @@ class Completion:
         log_prob: sum of log p_policy(a).
         reference_log_prob: sum of log p_reference(a).
         step_log_ratios: the terms of log_ratio, one a step; empty after a beam search.
+        kl_exact: sum over the steps of KL(p_policy || p_reference), p_reference from the full softmax: what log_ratio
+            estimates by the tokens that were taken, with less noise. nan where log_ratio is, and after a beam search.
+        kl_top_k: the same to the reference renormalised over its top k, so that the cut costs nothing.
         value: in beam search, the unnormalised combined value of its last token, by which it was ranked.
         steps: with trace=True one dict a step: token_ids (k,), p_ref (k,), values (k,) or None, p_tilt (k,), chosen.
         text: of an answer that came as a text; None where it is what the tokens say.
@@ -40,6 +43,8 @@ class Completion:
     reference_log_prob: float = float("nan")
     step_log_ratios: list[float] = field(default_factory=list)
     steps: list[dict] | None = None
+    kl_exact: float = float("nan")
+    kl_top_k: float = float("nan")
     value: float = float("nan")
     text: str | None = None
     decoded: float | None = None

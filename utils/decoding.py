@@ -58,6 +58,7 @@ class _Rows:
         self.key, self.count, self.budget = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
         self.tokens, self.log_ratios = zeros(torch.int64, budget), zeros(torch.float64, budget)
         self.log_prob, self.reference_log_prob = zeros(torch.float64), zeros(torch.float64)
+        self.kl_exact, self.log_kept = zeros(torch.float64), zeros(torch.float64)  # log of what the cut to k keeps
         self.alive, self.finished = zeros(torch.bool), zeros(torch.bool)
         self.unsound = zeros(torch.bool, suspects)  # since the row started, see `Policy.distribution`
 
@@ -72,7 +73,8 @@ class _Rows:
             self.tokens = torch.nn.functional.pad(self.tokens, (0, short))
             self.log_ratios = torch.nn.functional.pad(self.log_ratios, (0, short))
         self.count[index] = 0
-        self.log_prob[index] = self.reference_log_prob[index] = 0.0
+        for total in (self.log_prob, self.reference_log_prob, self.kl_exact, self.log_kept):
+            total[index] = 0.0
         self.alive[index], self.finished[index], self.unsound[index] = True, False, False
 
     def record(self, step: Step, eos: Tensor, unsound: Tensor) -> Tensor:
@@ -86,6 +88,9 @@ class _Rows:
         log_p, log_q = (p.gather(1, pick).squeeze(1).double().log() for p in (step.p_tilt, step.p_ref))
         self.log_prob += torch.where(self.alive, log_p, 0.0)
         self.reference_log_prob += torch.where(self.alive, log_q, 0.0)
+        p_ref = step.p_ref.double()
+        self.kl_exact += torch.where(self.alive, tilting.step_kl(step.p_tilt.double(), p_ref), 0.0)
+        self.log_kept += torch.where(self.alive, p_ref.sum(1).log(), 0.0)
         self.log_ratios.scatter_(
             1, place, torch.where(self.alive, log_p - log_q, self.log_ratios.gather(1, place).squeeze(1)).unsqueeze(1)
         )
@@ -240,9 +245,10 @@ def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[J
     index = torch.as_tensor(ended, device=rows.key.device)
     # In two pieces, since each copy from a device waits for all that it has to do before.
     whole = torch.column_stack([rows.count, rows.finished, rows.tokens])[index].tolist()
-    real = torch.column_stack([rows.log_prob, rows.reference_log_prob, rows.log_ratios])[index].tolist()
+    sums = (rows.log_prob, rows.reference_log_prob, rows.kl_exact, rows.log_kept)
+    real = torch.column_stack([*sums, rows.log_ratios])[index].tolist()
     results = []
-    for r, (count, finished, *tokens), (log_prob, reference_log_prob, *log_ratios) in zip(
+    for r, (count, finished, *tokens), (log_prob, reference_log_prob, kl_exact, log_kept, *log_ratios) in zip(
         ended, whole, real, strict=True
     ):
         follows = policy.follows_reference
@@ -254,6 +260,8 @@ def _finish(policy, rows: _Rows, jobs, traces, ended: list[int]) -> list[tuple[J
             reference_log_prob if follows else float("nan"),
             log_ratios[:count] if follows else [],
             traces[r] or None,
+            kl_exact=kl_exact if follows else float("nan"),
+            kl_top_k=kl_exact + log_kept if follows else float("nan"),
         )
         state = policy.save([r])[0] if jobs[r].keep_state and not finished else None
         results.append((jobs[r], completion, state))

@@ -32,6 +32,12 @@ MAIN_NOTE = (
     "of this section and better in one. The intervals are each row's alone; rows on the same prompts are compared by "
     "the paired differences below."
 )
+KL_NOTE = (
+    "KL is the mean log-ratio of the tokens that were taken (paper, eq. 6), which all other tables have. Exact sums "
+    "the divergence of each step's whole distribution along the same answers: the same mean, less noise. To the top k "
+    "is to the reference renormalised over its candidates: the cut then costs nothing, and the reference has 0. "
+    "Standard errors are over prompts."
+)
 WORK_NOTE = (
     "Tokens that language models and value models read for one answer, all its candidates and beams counted, and the "
     "operations of these passes; the reading of the prompt, the attention to what was read before, and the reward "
@@ -71,6 +77,11 @@ def amount(value: float) -> str:
         if abs(value) >= 999.5
         else f"{value:#.3g}".rstrip(".")
     )
+
+
+def with_error(value) -> str:
+    """A mean and its standard error, or a dash."""
+    return f"{value[0]:.2f} +- {number(value[1], 2)}" if value else "-"
 
 
 def interval(entry: Mapping, value: str = "mean") -> str:
@@ -228,11 +239,20 @@ def pairs_table(report: SectionReport, rows: Sequence[Mapping], title: str, note
     return Table(title, note, header, body)
 
 
+def kl_table(report: SectionReport) -> Table:
+    """The KL estimate beside what it estimates in each step, and beside that to the reference's top k."""
+    rows = [r for r in report.rows if r["kl_exact"]]
+    body = [[r["series"], describe_weights(r["weights"]) or "-", kl_text(r), with_error(r["kl_exact"]),
+             with_error(r["kl_top_k"])] for r in rows]  # fmt: skip
+    return Table("KL in three conventions", KL_NOTE, ["method", "weights", "KL", "exact", "to the top k"], body)
+
+
 def tables_of(report: SectionReport) -> list[Table]:
     """The tables of a section in reading order; empty ones are left out, the hypervolume's says why."""
     note = "Paired on the prompts that both answered; wins, ties and losses count prompts."
     tables = [
         main_table(report),
+        kl_table(report),
         work_table(report),
         seeds_table(report),
         hypervolume_table(report),

@@ -28,7 +28,7 @@ from utils.pareto import (
 )
 from utils.plots import THEMES, PlotPoint, looks_of, plot_curves, plot_front
 from utils.report_points import ALWAYS_NAMED, WEIGHTED, Point, grouped, series_names, short, spans
-from utils.summaries import GENERATED, WORK, describe_weights, mean_and_error
+from utils.summaries import EXACT_KL, GENERATED, WORK, describe_weights, mean_and_error
 
 # ----------------------------------------------------------------------------------------------------------- sections
 
@@ -177,6 +177,7 @@ def point_rows(section: Section) -> list[dict]:
             "kl": kl,
             "kl_error": kl_error,
             "kl_is_upper_bound": point.tracks_kl and point.kl_added != 0,
+            **{n: list(mean_and_error(point.table[n])) if n in point.table else None for n in EXACT_KL},
             "kl_seed_sd": point.over_seeds("log_ratio")[1] if point.tracks_kl else math.nan,
             "seconds_per_prompt": point.mean("seconds"),
             "tokens": point.mean("tokens"),

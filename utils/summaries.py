@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked.
+# Columns of rewards.csv that are not rewards, in their order; log_ratio is there only where it was tracked, and
+# EXACT_KL only of one answer by a tilted reference (see `Completion`).
+EXACT_KL = ("kl_exact", "kl_top_k")
 GENERATED = "generated_tokens"  # of all candidates; a rewards.csv of an earlier version has no such column
 WORK = ("language_tokens", "value_tokens", "gflop")  # of an answer; runs from before it was counted lack it
-MEASURES = ("log_ratio", "seconds", "tokens", GENERATED, *WORK, "distinct", "reference_log_prob", "finished")
+MEASURES = ("log_ratio", *EXACT_KL, "seconds", "tokens", GENERATED, *WORK, "distinct", "reference_log_prob", "finished")
 
 
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -126,6 +128,10 @@ def format_summary(arguments: Mapping, figures: Mapping[str, Statistic]) -> str:
         sign = "<= " if kl_added else ""
         parts = f" ({number(f.mean)} estimated + at most {number(kl_added)} by choosing one of N)" if kl_added else ""
         lines.append(f"{'KL':<24}{sign}{number(f.mean + kl_added)} nats, s.e. {number(f.error)}{parts}")
+    if all(name in figures for name in EXACT_KL):
+        exact, top_k = (figures[name] for name in EXACT_KL)
+        lines.append(f"{'KL, exact in each step':<24}{number(exact.mean)} nats, s.e. {number(exact.error)}")
+        lines.append(f"{'  to the top k alone':<24}{number(top_k.mean)} nats, s.e. {number(top_k.error)}")
     if search := arguments.get("kl_search"):
         which = "one" if search["met"] else "the nearest one"
         lines.append(

@@ -106,7 +106,7 @@ def log_ratio(p_tilt: Tensor, p_ref: Tensor, choice: Tensor) -> Tensor:
 
 def step_kl(p_tilt: Tensor, p_ref: Tensor) -> Tensor:
     """The exact KL divergence of one step, sum_a p_tilt(a) log(p_tilt(a) / p_ref(a)), full-softmax convention: (B,)."""
-    return torch.special.xlogy(p_tilt, p_tilt / p_ref).sum(dim=-1)
+    return (torch.special.xlogy(p_tilt, p_tilt) - torch.special.xlogy(p_tilt, p_ref)).sum(dim=-1)  # 0 log 0 is 0
 
 
 # --------------------------------------------------------------------------------------- counter-based random numbers
