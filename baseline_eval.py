@@ -81,7 +81,7 @@ class Baseline:
     weighted: bool = False  # weights are needed
     method: str = ""  # its name in run folders; empty: the flag's
     single: Callable[[Settings, Namespace], bool] = lambda settings, args: False  # the point is a single policy
-    own_model: bool = False  # see `Method`
+    trained: bool = False  # a policy of its own, not a tilted reference: see `Method`, where this is two things
 
 
 def _reference(args: Namespace):
@@ -158,7 +158,7 @@ def _trained(flag: str, method: str, find: Callable, weights: Callable[[Settings
     def single(settings: Settings, args: Namespace) -> bool:
         return rivals.is_single(settings, getattr(args, flag))
 
-    return Baseline(make, series, checkpoints, weighted=True, method=method, single=single, own_model=True)
+    return Baseline(make, series, checkpoints, weighted=True, method=method, single=single, trained=True)
 
 
 def _arm_checkpoints(settings: Settings, args: Namespace) -> dict:
@@ -188,7 +188,7 @@ BASELINES = {
     "ppo": _trained("ppo", "rewarded_soup", rivals.soup_checkpoints, _one),
     "morlhf": _trained("morlhf", "morlhf", rivals.morlhf_checkpoints, _one),
     "mod": _trained("mod", "mod", rivals.mod_checkpoints, lambda settings: list(settings.weights.values())),
-    "arm": Baseline(_arm, _arm_series, _arm_checkpoints, weighted=True, method="genarm", own_model=True),
+    "arm": Baseline(_arm, _arm_series, _arm_checkpoints, weighted=True, method="genarm", trained=True),
 }
 
 
@@ -235,7 +235,8 @@ def method_of(settings: Settings, args: Namespace) -> Method:
         series=series if n == 1 else {"num_samples": n} | series,
         checkpoints=baseline.checkpoints(settings, args),
         num_samples=n,
-        own_model=baseline.own_model,
+        read_by_reference=baseline.trained,
+        loads_late=baseline.trained,
         shares_candidates=name == "reference" and n > 1,
         kl_added=math.log(n) - (n - 1) / n,  # the most that choosing one of N adds to the KL
     )

@@ -31,7 +31,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return evaluate_method(
-        resolve(args), lambda settings: dataclasses.replace(method_of(settings, args), own_model=True)
+        resolve(args), lambda settings: dataclasses.replace(method_of(settings, args), read_by_reference=True)
     )
 
 

@@ -19,7 +19,7 @@ from utils.collection import add_collection_arguments, collect, dry_run
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add_collection_arguments(parser)
+    add_collection_arguments(parser, num_default="all of the configuration's trees.num_prompts from START on")
     return parser
 
 
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
+    if args.num is None:
+        args.num = max(1, dataset.trees.num_prompts - args.start)
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, "iter_0")
     if args.dry_run:
         return dry_run(config, dataset, args, output_dir)

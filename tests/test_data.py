@@ -40,7 +40,7 @@ HEAD = "### Instruction: Generate a one-sentence summary of this post. ### Input
 class Words:
     """A tokenizer whose tokens are words; `closes` makes it put EOS after a text, as some do."""
 
-    eos_token, eos_token_id = "</s>", 2
+    eos_token, eos_token_id, bos_token_id = "</s>", 2, None
 
     def __init__(self, closes=False):
         self.closes = closes
@@ -174,6 +174,19 @@ def test_templates_are_filled_in_one_pass(anthropic):
     assert fill("a { b } {}", x="1") == "a { b } {}"
     chat = dataclasses.replace(anthropic, reference_template="<u>{user}</u>{prompt}")
     assert shown_to_reference(chat, DIALOGUE.wrap_user("Hi")) == "<u>Hi</u>\n\nHuman: Hi\n\nAssistant: "
+
+
+@pytest.mark.parametrize(("text", "ids"), [("<s> hi", [1, 5]), ("hi", [1, 5]), ("<s> <s> hi", [1, 1, 5]), ("", [1])])
+def test_a_template_that_begins_with_what_the_tokenizer_puts_first_has_it_once(text, ids):
+    """Most chat templates write out the beginning-of-sequence token, and most tokenizers add one."""
+
+    class Tokenizer:
+        bos_token_id, eos_token_id, eos_token = 1, None, None
+
+        def __call__(self, texts):
+            return {"input_ids": [[1, *({"<s>": 1, "hi": 5}[word] for word in text.split())] for text in texts]}
+
+    assert data.tokenize_prompts(Tokenizer(), [text]) == [ids]
 
 
 def test_the_hash_is_of_the_users_words_alone():

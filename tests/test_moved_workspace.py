@@ -18,7 +18,7 @@ def test_what_was_trained_is_complete_in_the_place_that_its_workspace_was_moved_
         """(script, arguments) of every training, in a workspace."""
         data = yaml.safe_load((rival_world.folder / "world.yaml").read_text())
         (tmp_path / "world.yaml").write_text(yaml.safe_dump(data | {"workspace": str(ws)}))
-        trees, split = ws / "tree_data/anthropic/iter_0", ws / "data_for_training/anthropic/iter_0"
+        trees, split = "tree_data/anthropic/iter_0", ws / "data_for_training/anthropic/iter_0"  # found in the workspace
         small = ("--max_steps", 1, "--batch_size", 4, "--mini_batch_size", 4)
         yield get_data_base, (0, 6, "--dataset", "anthropic", "--root_children", 2)
         yield label_tree, (trees, "help", "--dataset", "anthropic")

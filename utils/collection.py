@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 CHUNK = 64  # prompts whose trees grow together: what a process takes at a time, and may lose when it is killed
 
 
-def add_collection_arguments(parser: ArgumentParser) -> None:
-    """The arguments that all data collection shares."""
+def add_collection_arguments(parser: ArgumentParser, *, num_default: str = "") -> None:
+    """The arguments that all data collection shares; `num_default` says what NUM is where it may be left out."""
     parser.add_argument("start", metavar="START", type=int, help="index of the first prompt")
-    parser.add_argument("num", metavar="NUM", type=int, help="number of prompts")
+    optional = {"nargs": "?"} if num_default else {}
+    default = f" (default: {num_default})" if num_default else ""
+    parser.add_argument("num", metavar="NUM", type=int, help=f"number of prompts{default}", **optional)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="anthropic", help="a data set of the configuration (default: anthropic)")
     group.add_argument("--data_split", default="train", help="which split's prompts (default: train)")

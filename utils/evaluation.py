@@ -55,7 +55,7 @@ def evaluate_method(points: Sequence[Settings], method_of: Callable[[Settings], 
         shared = Models(points[0])
         for settings, method in zip(points, methods, strict=True):
             waits = settings.rerun or not is_complete(workspace, run_spec(settings, method, prompts))
-            if waits and not method.own_model:
+            if waits and not method.loads_late:
                 load(replace(settings, beta=0.0) if settings.beta is None else settings, method, shared)
         return shared
 

@@ -91,8 +91,9 @@ class Method:
         series: settings that the points of one front share, for args.yaml and reports.
         checkpoints: what is loaded beside the reference: {what: (path, the command that makes it)}.
         generator: (settings, policy, eos_token_id) -> Generate; None samples `num_samples` answers a prompt.
-        own_model: the policy is no tilted reference, so answers are read once more by the reference for the log-ratio;
-            its models are loaded when the point's turn comes.
+        read_by_reference: answers are read once more by the reference for the log-ratio, since the policy is no tilted
+            reference (or since that is asked for).
+        loads_late: the models of a point are loaded when its turn comes, since those of all would be many.
         num_samples: candidates per answer (best of N).
         shares_candidates: points differ in how candidates are ranked alone, so that each is made once for all points.
         kl_added: see RunSpec.
@@ -107,7 +108,8 @@ class Method:
     checkpoints: dict[str, tuple[str, str]] = field(default_factory=dict)
     generator: Callable[[Settings, Any, int], Generate] | None = None
     num_samples: int = 1
-    own_model: bool = False
+    read_by_reference: bool = False
+    loads_late: bool = False
     shares_candidates: bool = False
     kl_added: float = 0.0
     decodes: bool = True
@@ -302,7 +304,7 @@ def load(settings: Settings, method: Method, models: Models) -> Loaded:
         return answer_texts(tokenizer, [ids])[0]
 
     read = None
-    if method.own_model and settings.track_kl:
+    if method.read_by_reference and settings.track_kl:
         read = functools.partial(read_by, models.reference, temperature=settings.temperature)
     return Loaded(encode, generate, to_text, models.score, read, policy.work())
 
