@@ -85,18 +85,18 @@ def main(argv: list[str] | None = None) -> int:
     rows, rate = [], bandwidth(device)
     for batch_size in args.batch_size:
         rows += measure(reference, values, batch_size, args, device, rate)
-    record = {
-        "rows": rows,
-        **conditions("benchmarks/decode.py", argv, device, reference.dtype),
-        "reference_parameters": sum(p.numel() for p in reference.parameters()),
-        "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
-        "value_model_backbones": backbones(values),
-        "gigabytes_per_second": round(rate / 1e9, 1),
-        "peak_memory_mib": peak_memory(device),
-        "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
-    }
+        record = {
+            "rows": rows,
+            **conditions("benchmarks/decode.py", argv, device, reference.dtype),
+            "reference_parameters": sum(p.numel() for p in reference.parameters()),
+            "value_model_parameters": sum(p.numel() for p in values[0].parameters()),
+            "value_model_backbones": backbones(values),
+            "gigabytes_per_second": round(rate / 1e9, 1),
+            "peak_memory_mib": peak_memory(device),
+            "settings": {k: getattr(args, k) for k in ("prompt_tokens", "max_new_tokens", "topk", "rounds")},
+        }
+        keep(record, args.output)  # at each batch size: a machine that is lent for minutes may go before the last one
     print_table(record)
-    keep(record, args.output)
     return 0
 
 

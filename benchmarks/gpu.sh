@@ -16,7 +16,7 @@ decode=(python3 benchmarks/decode.py --random_weights --device cuda)
 for part in $PARTS; do
   case $part in
     tests) python3 -m pytest -q -m gpu tests/test_graphs.py ;;
-    decoding) "${decode[@]}" --batch_size 1 8 32 --output "$RESULTS/decode_paper_gpu.json" ;;
+    decoding) "${decode[@]}" --batch_size 1 32 8 --rounds 3 --output "$RESULTS/decode_paper_gpu.json" ;;
     training) python3 benchmarks/value_training.py --model tinyllama --device cuda --batch_size 32 --output "$RESULTS/value_training_gpu.json" ;;
     compiled) "${decode[@]}" --batch_size 1 32 --compile --rounds 2 --output "$RESULTS/decode_paper_gpu_compiled.json" ;;
     *) echo "error: PARTS has $part; valid: tests decoding training compiled" >&2; exit 2 ;;

@@ -102,7 +102,7 @@ def source(record: dict) -> str:
 
 def decoding_table(rows: Sequence[dict]) -> str:
     """A line per method, for each batch size: tokens/s, of `generate()`, overhead."""
-    sizes, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("batch_size", "method"))
+    sizes, methods = sorted({r["batch_size"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
     found = {(r["method"], r["batch_size"]): r for r in rows}
 
     def cell(row: dict) -> str:
