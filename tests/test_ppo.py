@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.models_for_tests import VOCAB, causal_lm
 from utils import models, ppo
 from utils.adapters import load_policies
+from utils.answer_batches import lay_out_answers
 from utils.cli import run
 from utils.config import REPOSITORY, load_config
 from utils.data import prompts_csv, read_prompts, write_prompts
@@ -139,7 +140,7 @@ def new_policy(name="llama_grouped_tied", eos=EOS, dtype=torch.float64, seed=0, 
 def test_log_probabilities_and_values_equal_those_of_one_text_at_a_time(name):
     policy = new_policy(name, temperature=0.8, scale=0.1)
     prompts, responses = [[5, 6, 7, 8], [9], [10, 11]], [[12, 13], [14, 15, 16, 2], [17]]
-    texts = ppo.lay_out(prompts, responses, CPU)
+    texts = lay_out_answers(prompts, responses, CPU)
     with torch.no_grad():
         log_probs, values = policy(texts)
         reference = policy.reference_log_probs(texts)
@@ -179,7 +180,7 @@ def test_the_first_token_is_never_the_end_and_sampling_is_the_policy_that_is_tra
     completions = decode(sampler, prompts, keys=keys, **run)
     assert [c.token_ids for c in completions] == [a[:1] for a in answers]
     with torch.no_grad():
-        log_probs, _ = policy(ppo.lay_out(prompts, [c.token_ids for c in completions], CPU))
+        log_probs, _ = policy(lay_out_answers(prompts, [c.token_ids for c in completions], CPU))
     assert log_probs[:, 0].tolist() == pytest.approx([c.log_prob for c in completions], abs=1e-8)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.answer_batches import AnswerBatch, answer_log_probs, answer_logits, gathered, lay_out_answers
 from utils.checkpoint import Checkpoint
 from utils.cli import progress
 from utils.decoding import decode
@@ -29,9 +30,7 @@ from utils.errors import DataError
 from utils.files import write_atomically, write_csv
 from utils.optimization import add_up, linear_schedule, seed_of
 from utils.policies import ReferencePolicy
-from utils.ppo import Texts, gathered, lay_out
 from utils.specs import ArmSpec
-from utils.tilting import widened
 
 LOG_FILE, PAIRS_FILE = "training_log.csv", "pairs.json"
 HELD_OUT = 0.1  # share of the pairs, by prompt, on which the accuracy is measured
@@ -181,15 +180,9 @@ def split_pairs(pairs: Sequence[TokenPair], seed: int) -> tuple[list[TokenPair],
 # ------------------------------------------------------------------------------------------------- loss and training
 
 
-def rewards_of(model: nn.Module, texts: Texts) -> Tensor:
+def rewards_of(model: nn.Module, texts: AnswerBatch) -> Tensor:
     """(B,) sum of log p_arm over each answer's tokens."""
-    length = texts.mask.shape[1]
-    logits = model(
-        input_ids=texts.tokens, attention_mask=texts.attention, position_ids=texts.positions,
-        logits_to_keep=length + 1, use_cache=False,
-    ).logits[:, -length - 1 : -1]  # fmt: skip
-    log_probs = widened(logits).log_softmax(-1).gather(2, texts.tokens[:, -length:, None]).squeeze(2)
-    return (log_probs * texts.mask).sum(1)
+    return answer_log_probs(answer_logits(model, texts), texts).sum(1)
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -199,9 +192,9 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 def margins(model: nn.Module, pairs: Sequence[TokenPair], device) -> Tensor:
     """(B, 2) rewards of the chosen and the rejected answers."""
-    prompts = [p.prompt for p in pairs] * 2
-    rewards = rewards_of(model, lay_out(prompts, [p.chosen for p in pairs] + [p.rejected for p in pairs], device))
-    return rewards.view(2, -1).T
+    answers = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    batch = lay_out_answers([p.prompt for p in pairs] * 2, answers, device)
+    return rewards_of(model, batch).view(2, -1).T
 
 
 @torch.no_grad()

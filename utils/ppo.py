@@ -46,6 +46,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from utils import tilting
+from utils.answer_batches import AnswerBatch, answer_log_probs, answer_logits, gathered, lay_out_answers
 from utils.checkpoint import Checkpoint
 from utils.cli import progress
 from utils.decoding import decode
@@ -144,32 +145,6 @@ def without_tokens(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(tokens, dtype=torch.int64, device=logits.device), -math.inf)
 
 
-@dataclass
-class Texts:
-    """Prompts and answers of several lengths in one rectangle: a row's prompt ends where all answers begin.
-
-    tokens, attention, positions (B, P + R); mask (B, R).
-    """
-
-    tokens: Tensor
-    attention: Tensor
-    positions: Tensor
-    mask: Tensor
-
-
-def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device) -> Texts:
-    """Prompts padded on the left, answers on the right."""
-    before, after = max(map(len, prompts)), max(map(len, responses))
-    tokens = torch.zeros(len(prompts), before + after, dtype=torch.int64)
-    attention = torch.zeros_like(tokens)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        row = slice(before - len(prompt), before + len(response))
-        tokens[i, row], attention[i, row] = torch.as_tensor([*prompt, *response]), 1
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    mask = attention[:, before:].to(torch.float32)
-    return Texts(*(x.to(device) for x in (tokens, attention, positions, mask)))
-
-
 class PolicyWithValue(nn.Module):
     """A causal language model with one LoRA adapter (PEFT), and a linear value head on its last hidden states."""
 
@@ -191,25 +166,21 @@ class PolicyWithValue(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, texts: Texts) -> tuple[Tensor, Tensor]:
+    def forward(self, texts: AnswerBatch) -> tuple[Tensor, Tensor]:
         """(log-probabilities, values), (B, R) each: of each answer's tokens, and of the states before them."""
         length, hidden = texts.mask.shape[1], []
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
         try:
-            logits = self.model(
-                input_ids=texts.tokens, attention_mask=texts.attention, position_ids=texts.positions,
-                logits_to_keep=length + 1, use_cache=False,
-            ).logits[:, -length - 1 : -1]  # fmt: skip
+            logits = answer_logits(self.model, texts) / self.temperature
         finally:
             hook.remove()
-        wide = tilting.widened(logits) / self.temperature
-        wide = torch.cat([without_tokens(wide[:, :1], self.eos_token_ids), wide[:, 1:]], dim=1)
-        log_probs = wide.log_softmax(-1).gather(2, texts.tokens[:, -length:, None]).squeeze(2)
+        logits = torch.cat([without_tokens(logits[:, :1], self.eos_token_ids), logits[:, 1:]], dim=1)
+        log_probs = answer_log_probs(logits, texts)
         values = self.head(hidden[0][:, -length - 1 : -1].to(self.head.weight.dtype)).squeeze(2)
-        return log_probs * texts.mask, values * texts.mask
+        return log_probs, values * texts.mask
 
     @torch.no_grad()
-    def reference_log_probs(self, texts: Texts) -> Tensor:
+    def reference_log_probs(self, texts: AnswerBatch) -> Tensor:
         """`forward`'s log-probabilities with the adapter off."""
         with self.model.disable_adapter():
             return self(texts)[0]
@@ -262,7 +233,7 @@ def read_answers(policy: PolicyWithValue, answers: Sequence[Answer], batch_size:
     answers = sorted(answers, key=length_of)
     for start in range(0, len(answers), batch_size):
         part = answers[start : start + batch_size]
-        texts = lay_out([a.prompt for a in part], [a.response for a in part], policy.device)
+        texts = lay_out_answers([a.prompt for a in part], [a.response for a in part], policy.device)
         log_probs, values = policy(texts)
         reference = policy.reference_log_probs(texts)
         for a, *rows in zip(part, log_probs.tolist(), reference.tolist(), values.tolist(), strict=True):
@@ -321,7 +292,7 @@ def add_gradients(
     rows = sorted(rows, key=lambda i: length_of(answers[i]))
     for start in range(0, len(rows), spec.micro_batch_size):
         part = rows[start : start + spec.micro_batch_size]
-        texts = lay_out([answers[i].prompt for i in part], [answers[i].response for i in part], policy.device)
+        texts = lay_out_answers([answers[i].prompt for i in part], [answers[i].response for i in part], policy.device)
         log_probs, values = policy(texts)
         width = texts.mask.shape[1]
         index = torch.tensor(part, device=policy.device)
@@ -440,16 +411,6 @@ def train(
     if accelerator:
         accelerator.wait_for_everyone()
     return rows
-
-
-def gathered(mine: list, count: int, world: int) -> list:
-    """What every process made of its `rank::world` part of `count` things, in their order."""
-    if world == 1:
-        return mine
-    from accelerate.utils import gather_object
-
-    parts = gather_object([mine])  # one list per process
-    return [parts[i % world][i // world] for i in range(count)]
 
 
 def _update(
