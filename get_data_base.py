@@ -15,6 +15,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from utils import cli
 from utils.collection import add_collection_arguments, collect, dry_run
+from utils.errors import UsageError
 
 
 def build_parser() -> ArgumentParser:
@@ -28,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.config_from(args)
     dataset = config.dataset(args.dataset)
     if args.num is None:
-        args.num = max(1, dataset.trees.num_prompts - args.start)
+        wanted = dataset.trees.num_prompts
+        args.num = wanted - args.start
+        if args.num < 1:
+            raise UsageError(f"START {args.start} leaves none of trees.num_prompts: {wanted}; give NUM")
     output_dir = args.output_dir or config.default_path("tree_data", dataset.name, "iter_0")
     if args.dry_run:
         return dry_run(config, dataset, args, output_dir)

@@ -277,7 +277,7 @@ def train_one(args, config: Config, dataset: DatasetSpec, plan: Plan, start, acc
         f"{metrics['seconds']:.0f} s, "
         f"{metrics['tokens_per_second']:.0f} tokens/s"
     )
-    if fit["correlation_within_prompt"] < 2 * fit["correlation_within_prompt_error"]:
+    if not fit["correlation_within_prompt"] >= 2 * fit["correlation_within_prompt_error"]:  # nan too
         accelerator.print(
             "note: within a prompt it explains nothing that can be told from chance, so it cannot steer; what helps: "
             "more trees, or value_model.pooling: mean with training.head_start: ridge"

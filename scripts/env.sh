@@ -3,16 +3,20 @@
 # The environment is .venv, or the folder that MAVIS_VENV names; it is made anew when requirements.txt changes.
 set -euo pipefail
 
-# Relative paths among the arguments of the script that sources this are meant from where its user is, as the stages take
-# them: of --config and --workspace, and a configuration that is the first argument.
+# Relative paths among the arguments of the script that sources this, and in its environment, are meant from where its
+# user is, as the stages take them: of --config and --workspace, and a configuration that is the first argument.
+for NAME in CONFIG MAVIS_CONFIG DATA_DIR MAVIS_VENV; do
+  if [ -e "${!NAME:-}" ]; then printf -v "$NAME" %s "$(realpath "${!NAME}")"; fi
+done
+if [ -n "${WORKSPACE:-}" ]; then WORKSPACE=$(realpath -m "$WORKSPACE"); fi
 GIVEN=() BEFORE=
 for ARGUMENT in "$@"; do
   case $BEFORE in
-    --workspace) ARGUMENT=$(realpath -m "$ARGUMENT") ;;
+    --workspace) if [ -n "$ARGUMENT" ]; then ARGUMENT=$(realpath -m "$ARGUMENT"); fi ;;
     --config | "") if [ -f "$ARGUMENT" ]; then ARGUMENT=$(realpath "$ARGUMENT"); fi ;;
   esac
   case $ARGUMENT in
-    --workspace=*) ARGUMENT=--workspace=$(realpath -m "${ARGUMENT#*=}") ;;
+    --workspace=?*) ARGUMENT=--workspace=$(realpath -m "${ARGUMENT#*=}") ;;
     --config=*) if [ -f "${ARGUMENT#*=}" ]; then ARGUMENT=--config=$(realpath "${ARGUMENT#*=}"); fi ;;
   esac
   GIVEN+=("$ARGUMENT") BEFORE=$ARGUMENT

@@ -7,6 +7,8 @@
 # (default anthropic) and CONFIG come from the environment. Stops at the first error; the same command goes on.
 set -euo pipefail
 
+# The folders are the user's, from where the user is.
+if [ $# -ge 5 ]; then set -- "$1" "$2" "$(realpath -m "$3")" "$4" "$5" "${6:-4}" ${7:+"$(realpath -m "$7")"}; fi
 . "$(dirname "$0")/env.sh"
 [ $# -ge 5 ] || { echo "usage: scripts/get_data.sh ITER NUM OUT TOPK OBJECTIVE [BETA] [VALUE_MODEL_DIR]" >&2; exit 2; }
 ITER=$1 NUM=$2 OUT=$3 TOPK=$4 OBJECTIVE=$5 BETA=${6:-4} VALUE_MODEL_DIR=${7:-}

@@ -185,6 +185,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(fails, script, ar
         (mavis_bs, (*MAVIS, "--Q", 2, "--num_samples", 0), "--num_samples must be at least 1"),
         (baseline_eval, (*STEER, "--num_samples", 0), "--num_samples must be at least 1"),
         (get_data_base, (-1, 2), "START must be at least 0 and NUM at least 1, got -1 2"),
+        (get_data_base, (9999,), "START 9999 leaves none of trees.num_prompts"),
         (get_data_base, (0, 0), "NUM at least 1"),
         *((get_data_base, (0, 9, f"--{flag}", 0), f"--{flag} must be at least 1, got 0")
           for flag in ("root_children", "non_root_children", "num_layers", "max_new_tokens", "topk", "batch_size")),
@@ -272,6 +273,8 @@ ANTHROPIC = ("datasets", "anthropic")
         (at(*ANTHROPIC, "training", "deepest_fraction", 1.5), "training.deepest_fraction must be at most 1, got 1.5"),
         (at("datasets", "hh.v2", {}), "datasets.hh.v2"),
         (at("objectives", "all", {"kind": "callable", "function": "a:b"}), "objectives.all: letters, digits"),
+        (at("objectives", "tokens", {"kind": "callable", "function": "a:b"}), "taken are all, index, log_ratio"),
+        (at("objectives", "judge_x", {"kind": "callable", "function": "a:b"}), "what begins with judge_"),
         (at("objectives", "../x", {"kind": "callable", "function": "a:b"}), "objectives.../x: letters, digits"),
         (
             at(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import baseline_eval
 import dataset_preprocess
@@ -306,8 +307,28 @@ def test_weights_that_a_checkpoint_lacks_are_refused_and_not_drawn(world, tmp_pa
     assert models.load_sequence_classifier(str(tmp_path / "classifier"), CPU)[0].config.num_labels == 1
     with pytest.raises(DataError, match=r"lacks 1 weights of a \w+ForCausalLM \(first lm_head.weight\)"):
         models.load_causal_lm(str(tmp_path / "classifier"), CPU, what="reference model")
+    small = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pooled = transformers.BertForSequenceClassification(transformers.BertConfig(**small, intermediate_size=8))
+    kept = {k: v.clone() for k, v in pooled.state_dict().items() if "pooler" not in k}
+    pooled.save_pretrained(tmp_path / "pooled", state_dict=kept)
+    tokenizer.save_pretrained(tmp_path / "pooled")
+    with pytest.raises(DataError, match="lacks 2 weights of a BertForSequenceClassification"):
+        models.load_sequence_classifier(str(tmp_path / "pooled"), CPU)
+    encoder, _ = models.load_encoder(str(tmp_path / "pooled"), CPU)  # whose pooler nothing reads
+    assert torch.equal(encoder.embeddings.word_embeddings.weight, pooled.bert.embeddings.word_embeddings.weight)
     trunk = models.load_trunk(str(tmp_path / "classifier"), 1, CPU)
     assert torch.equal(trunk.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_biases_in_the_place_of_positions_are_refused_wherever_rows_are_read(world, tmp_path):
+    shape = transformers.MptConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=len(world.tokenizer))
+    transformers.MptForCausalLM(shape).save_pretrained(tmp_path / "mpt")
+    with pytest.raises(DataError, match="ALiBi"):
+        models.load_trunk(str(tmp_path / "mpt"), None, CPU)
+    spec = dataclasses.replace(world.config.value_model, path=str(tmp_path / "mpt"), num_layers=None)
+    with pytest.raises(DataError, match="ALiBi"):
+        config = dataclasses.replace(world.config, value_model=spec)
+        value_models.new_value_model(config, world.tokenizer, len(world.tokenizer), CPU)
 
 
 def test_an_adapter_on_modules_that_a_model_lacks_names_those_that_it_has(world):

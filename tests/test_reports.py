@@ -490,6 +490,9 @@ def test_single_policies_are_the_ends_of_every_front_that_is_mixed_from_them(tmp
     assert {r["series"]: r["points"] for r in found["hypervolume"]["series"]} == {k: len(v) for k, v in ends.items()}
     between = [r["weights"] for r in found["differences"] if {r["a"], r["b"]} == {"mod", "rewarded soup"}]
     assert between and all(w == {"help": 0.5, "harm": 0.5} for w in between)  # an end is not compared with itself
+    make_run(tmp_path, "mod", {"help": 1.0}, gain=1.9, kl=3.1)  # of an earlier version: its own end stays the only one
+    mod = [r for r in report()["runs"] if r["series"] == "mod"]
+    assert [r["weights"].get("help", 0.0) for r in mod] == [1.0, 0.5, 0.0] and mod[0]["kl"] > 3.05
 
 
 def test_beam_searches_that_draw_unequally_are_two_series(tmp_path):

@@ -41,14 +41,24 @@ def with_new_adapter(model: PreTrainedModel, lora: LoraSpec, task_type: str = "C
     Raises:
         DataError: the adapter's modules are not the model's; the names of its linear layers are said.
     """
+    check_target_modules(model, lora)
     try:
         return get_peft_model(model, lora_config(lora, task_type, **more))
     except ValueError as error:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-        raise DataError(
-            f"lora.target_modules {', '.join(lora.target_modules)}: {model.name_or_path} has none of these; its linear "
-            f"layers are called {', '.join(sorted(linear))}; name some of them in the configuration"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"lora.target_modules {', '.join(lora.target_modules)} do not fit: {reason}") from error
+
+
+def check_target_modules(model: PreTrainedModel, lora: LoraSpec) -> None:
+    """Raise a DataError unless an adapter finds some of its modules in a model; the model's linear layers are named."""
+    wanted = lora.target_modules
+    if any(name == w or name.endswith(f".{w}") for name, _ in model.named_modules() for w in wanted):
+        return
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    raise DataError(
+        f"lora.target_modules {', '.join(wanted)}: {model.name_or_path} has none of these; its linear layers are "
+        f"called {', '.join(sorted(linear))}; name some of them in the configuration"
+    )
 
 
 def load_adapter(

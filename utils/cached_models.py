@@ -239,6 +239,17 @@ def attended_length(model: nn.Module) -> int | None:
     return min(filter(None, limits), default=None)
 
 
+def refuse_biases(model: nn.Module) -> None:
+    """Raise a DataError for a model that tells the order of tokens by biases on its attention (ALiBi): the project's
+    own masks, for rows of texts, trees and candidates, would stand in their place."""
+    config = text_config(model)
+    if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
+        raise DataError(
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__} tells the order of tokens by biases on its "
+            "attention (ALiBi), which rows of texts cannot give it; take a model with position embeddings or rotations"
+        )
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """A transformers model without its PEFT wrapper; the adapter's layers are inside the base."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -275,12 +286,7 @@ class CachedModel:
         self, model: nn.Module, heads: Sequence[nn.Module] | None = None, members: Sequence[int] | None = None
     ):
         model = self.model = without_adapter(model).eval()
-        config = text_config(model)
-        if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
-            raise DataError(
-                f"{model.name_or_path or type(model).__name__} tells the order of tokens by biases on its attention "
-                "(ALiBi), which decoding in rows cannot give it; take a model with position embeddings or rotations"
-            )
+        refuse_biases(model)
         self.heads = heads
         self.members = None if members is None else tuple(members)
         self.copies = 1 if members is None else len(members)

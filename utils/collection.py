@@ -74,7 +74,9 @@ def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: P
             (
                 "prompts",
                 str(csv),
-                cli.found(str(csv), f"dataset_preprocess.py {dataset.name} --split {args.data_split}"),
+                cli.found(
+                    str(csv), f"python dataset_preprocess.py {dataset.name} --split {args.data_split} {config.flags}"
+                ),
             ),
             *more,
             ("trees", str(output_dir), "made by this stage"),

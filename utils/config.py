@@ -19,6 +19,7 @@ import yaml
 
 from utils.errors import ConfigError, nearest
 from utils.specs import NORMALIZATIONS, Config
+from utils.summaries import MEASURES
 from utils.text_formats import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -146,6 +147,7 @@ LEAST = {
 } | {name: 2 for name in ("num_generations", "answers_per_prompt")}  # fmt: skip
 MOST = {name: 1 for name in ("deepest_fraction", "deepest_fraction_continued", "gamma", "gae_lambda")}
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a data set or an objective: a part of folders' names and of lists with commas
+TAKEN = ("all", "index", *MEASURES)  # by command lines and by the columns of a run's rewards.csv
 MAY_BE_ZERO = rf"datasets\.{NAME}\.training\.num_epochs"  # a value model may keep the head that it starts with
 ABOVE_ZERO = (
     "lr", "temperature", "kl_target", "kl_horizon", "clip_ratio", "clip_value", "max_grad_norm", "reward_beta",
@@ -198,9 +200,10 @@ def _check(config: Config) -> None:
 
     def names(found, where):
         for name in found:
-            if not re.fullmatch(NAME, name) or name == "all":
+            if not re.fullmatch(NAME, name) or name in TAKEN or name.startswith("judge_"):
                 raise ConfigError(
-                    f"{config.path}: {where}.{name}: letters, digits, '_' and '-' make a name, and 'all' stands for all"
+                    f"{config.path}: {where}.{name}: letters, digits, '_' and '-' make a name; taken are "
+                    f"{', '.join(TAKEN)} and what begins with judge_"
                 )
 
     def once(pairs, what):

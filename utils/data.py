@@ -28,7 +28,7 @@ def tokenize_prompts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
         return []
     encoded = tokenizer(list(texts))["input_ids"]
     bos = tokenizer.bos_token_id
-    if bos is not None:  # a template that begins with it, and a tokenizer that puts one before every text
+    if bos is not None and list(tokenizer([""])["input_ids"][0][:1]) == [bos]:  # the template may begin with it too
         encoded = [ids[1:] if list(ids[:2]) == [bos, bos] else ids for ids in encoded]
     eos, token = tokenizer.eos_token_id, tokenizer.eos_token
     if eos is None:

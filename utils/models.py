@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from utils.cached_models import refuse_biases
 from utils.cli import quiet_libraries
 from utils.errors import DataError
 from utils.places import reference_path
@@ -105,8 +106,10 @@ def load_pretrained(loader, path: str, what: str, made_by: str = "", *, new_head
         raise DataError(
             f"{what}: no usable checkpoint at {path!r} ({type(error).__name__}: {reason}); {hint}"
         ) from error
-    inside = model.base_model_prefix + "."  # a pooler (of encoders) is read by nothing here
-    lacking = [k for k in report["missing_keys"] if "pooler." not in k and (k.startswith(inside) or not new_head)]
+    inside = model.base_model_prefix + "."
+    lacking = [k for k in report["missing_keys"] if k.startswith(inside) or not new_head]
+    if loader is AutoModel or new_head:  # only a head that was trained on it reads an encoder's pooler
+        lacking = [k for k in lacking if "pooler." not in k]
     if lacking:
         raise DataError(
             f"{what}: the checkpoint at {path!r} lacks {len(lacking)} weights of a {type(model).__name__} (first "
@@ -160,7 +163,9 @@ def load_trunk(
 ) -> PreTrainedModel:
     """The headless first N layers of a model (its last hidden state passes the final norm), in eval mode."""
     first = first_layers(path, num_layers, "trunk", made_by)
-    return load_pretrained(AutoModel, path, "trunk", made_by, dtype=dtype, **first).to(device).eval()
+    trunk = load_pretrained(AutoModel, path, "trunk", made_by, dtype=dtype, **first)
+    refuse_biases(trunk)
+    return trunk.to(device).eval()
 
 
 def first_layers(path: str, num_layers: int | None, what: str, made_by: str = "") -> dict:

@@ -47,12 +47,17 @@ def value_model_command(config: Config, objective: str, folder: str | Path) -> s
     return command
 
 
-def candidate_head_command(config: Config, objective: str, iteration: int | str) -> str:
-    """The command that fits an objective's candidate head."""
-    return (
+def candidate_head_command(
+    config: Config, objective: str, iteration: int, heads: str | None = None, value_models: str | None = None
+) -> str:
+    """The command that fits an objective's candidate head; folders that are not the workspace's are named."""
+    command = (
         f"python fit_candidate_heads.py {objective} {config.flags} --dataset {dataset_of(config, objective)} "
         f"--value_model_iter {iteration}"
     )
+    for flag, folder in (("--output_dir", heads), ("--value_model_dir", value_models)):
+        command += f" {flag} {shlex.quote(str(folder))}" if folder else ""
+    return command
 
 
 def dataset_of(config: Config, objective: str) -> str:

@@ -232,13 +232,15 @@ def _with_single_policies(points: Sequence[Point]) -> list[Point]:
     def settings(point: Point) -> str:
         return repr((point.runs[-1].world, sorted(point.settings.items())))
 
-    found, mixed = [], dict(grouped(points, lambda p: (p.method, settings(p))))
+    found, fronts = [], dict(grouped(points, lambda p: (p.method, settings(p))))
     for point in points:
-        ends = []
+        joined = {}
         if point.method.startswith(SINGLE_POLICY):
-            methods = [method + point.method.removeprefix(SINGLE_POLICY) for method in MIXED_FROM_SINGLE]
-            ends = [replace(point, in_front_of=m) for m in methods if (m, settings(point)) in mixed]
-        found += ends or [point]
+            names = [method + point.method.removeprefix(SINGLE_POLICY) for method in MIXED_FROM_SINGLE]
+            joined = {name: fronts[name, settings(point)] for name in names if (name, settings(point)) in fronts}
+        # A front of an earlier version has ends of its own.
+        lacking = [name for name, front in joined.items() if all(p.weights != point.weights for p in front)]
+        found += [replace(point, in_front_of=name) for name in lacking] if joined else [point]
     return found
 
 

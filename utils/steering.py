@@ -68,7 +68,9 @@ def candidate_heads_of(settings: Settings, args: Namespace, iterations: dict[str
     return {
         objective: (
             str(candidate_head_path(root, iteration, objective)),
-            candidate_head_command(settings.config, objective, iteration),
+            candidate_head_command(
+                settings.config, objective, iteration, args.candidate_head_dir, args.value_model_dir
+            ),
         )
         for objective, iteration in iterations.items()
     }

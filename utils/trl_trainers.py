@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import ppo
-from utils.adapters import lora_config
+from utils.adapters import check_target_modules, lora_config
 from utils.errors import DataError, UsageError
 from utils.files import write_json
 from utils.models import has_bfloat16
@@ -116,7 +116,8 @@ def train_with_trl(
         return sum(w * np.asarray(rewards[name]) for name, w in task.weights.items()).tolist()
 
     tokenizer.padding_side = "left"
-    shown = [{"prompt": text, "index": i} for i, text in enumerate(_shown(task))]
+    shown = [{"prompt": text, "index": i} for i, text in enumerate(_shown(task, tokenizer))]
+    check_target_modules(model, spec.lora)
     trainer = trainer_class(
         model=model,
         reward_funcs=reward,
@@ -158,11 +159,17 @@ def train_from(trainer, checkpoint: Path | None) -> None:
     trainer.state = state
 
 
-def _shown(task) -> list[str]:
-    """What the policy reads for each prompt."""
+def _shown(task, tokenizer) -> list[str]:
+    """What the policy reads for each prompt, as texts, which TRL tokenizes by itself: so a beginning that the tokenizer
+    adds is left out of them, as `tokenize_prompts` has it once."""
+    from utils.data import tokenize_prompts
     from utils.text_formats import shown_to_reference
 
-    return [shown_to_reference(task.dataset, text) for text in task.texts]
+    texts = [shown_to_reference(task.dataset, text) for text in task.texts]
+    if not texts or tokenizer.bos_token is None:
+        return texts
+    same = len(tokenizer(texts[0])["input_ids"]) == len(tokenize_prompts(tokenizer, texts[:1])[0])
+    return texts if same else [text.removeprefix(tokenizer.bos_token) for text in texts]
 
 
 def rows_of(history: Sequence[Mapping], spec: PPOSpec, objectives: Sequence[str]) -> list[dict]:

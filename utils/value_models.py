@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.adapters import load_adapter, with_new_adapter
-from utils.cached_models import backbone_of
+from utils.cached_models import backbone_of, refuse_biases
 from utils.errors import DataError
 from utils.models import first_layers, load_pretrained, load_tokenizer, pick_dtype
 from utils.places import check_adapter_folder, value_model_command, value_model_folder
@@ -95,6 +95,7 @@ def _value_base(
         num_labels=1,
         **first_layers(path, spec.num_layers, "base of the value models", spec.made_by),
     )
+    refuse_biases(model)
     _check_same_tokens(path, tokenizer)
     if model.get_input_embeddings().num_embeddings != vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)

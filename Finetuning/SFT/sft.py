@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -33,7 +34,6 @@ from utils.files import (
     is_made,
     lets_go,
     read_json,
-    temporary_name,
     whole_folder,
     write_atomically,
 )
@@ -170,8 +170,8 @@ def build_examples(
 
 def open_checkpoints(folder: Path, settings: dict, rerun: bool) -> None:
     """Make the folder of the checkpoints, or check that those that are there belong to these settings."""
-    torn = temporary_name(folder / SETTINGS).name  # all that a kill may leave of a folder in which nothing was written
-    begun = folder.exists() and any(p.name != torn for p in folder.iterdir())
+    # A kill may leave a temporary file, of any machine, in a folder in which nothing was written yet.
+    begun = folder.exists() and any(not p.match(f".{SETTINGS}.*tmp") for p in folder.iterdir())
     known = read_json(folder / SETTINGS)
     if begun and known is None:
         raise DataError(f"{folder} holds no checkpoints of this script; give another --save_directory or --wandb_name")
@@ -336,6 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from utils import models, provenance
+    from utils.adapters import check_target_modules
     from utils.tracking import Tracker
 
     arguments = trainer_arguments(args, spec, checkpoints, device)
@@ -348,6 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(spec.seed)  # for the embedding of an added token: merging draws the same one
     dtype = models.pick_dtype(config, device) if arguments.bf16 and device.type == "cuda" else torch.float32
     model, tokenizer = models.load_base(config, torch.device("cpu"), dtype)
+    check_target_modules(model, spec.lora)
     rows = iter_rows(source, config, args.data_files)
     examples, counts = build_examples(dataset, rows, tokenizer, spec, source.hash_range)
     if is_main:
@@ -367,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         change = f"loss per response token {losses[0]:.3f} to {losses[-1]:.3f}, " if losses else ""
         print(f"{trainer.state.global_step} steps, {change}{time.monotonic() - start:.0f} s")
         print(f"adapter: {folder}")
-        print(f"next: python Finetuning/SFT/merge_sft_lora.py --exp_type {dataset.exp_type} --lora_name {folder}")
+        merge = f"python Finetuning/SFT/merge_sft_lora.py {config.flags} --exp_type {dataset.exp_type}"
+        print(f"next: {merge} --lora_name {shlex.quote(str(folder))}")
     return 0
 
 
