@@ -78,6 +78,8 @@ def make_run(
                 row["extra"] = {"judge_help": rewards["help"] + float(noise[0])}
             if track:
                 row["log_ratio"] = float(kl + 0.3 * rng.normal())
+                if num_samples == 1 and method != "mod":  # as of a policy that is a tilted reference
+                    row |= {"kl_exact": kl + 0.01 * (index % 7), "kl_top_k": kl - 0.4 + 0.01 * (index % 7)}
             tokens = 10 + index % 3
             row |= {"reference_log_prob": -20.0, "tokens": tokens, "generated_tokens": tokens * num_samples,
                     "language_tokens": float(tokens * num_samples), "value_tokens": 15.0 * tokens * (method == "mavis"),

@@ -126,6 +126,32 @@ def test_beam_search_reports_the_best_of_its_texts_by_weighted_reward(script, mo
     assert status(script, "mavis_bs", *arguments, "--Q", 2, "--N", 0) == 2
 
 
+def test_the_exact_kl_of_the_steps_is_kept_of_single_answers_of_a_tilted_reference(script, monkeypatch):
+    """As decoding gave it; of the best of several, and where nothing is tracked, there is none."""
+    from utils import decoding
+
+    made, original = [], decoding._finish
+
+    def noted(*arguments):
+        results = original(*arguments)
+        made.extend(completion for _, completion, _ in results)
+        return results
+
+    monkeypatch.setattr(decoding, "_finish", noted)
+    script("mavis", "--obj_weights", "1", "--beta", 4)
+    [folder] = run_folders(script)
+    kept = sorted((s["kl_exact"], s["kl_top_k"]) for s in read_samples(folder))
+    assert kept == sorted((round(c.kl_exact, 9), round(c.kl_top_k, 9)) for c in made)
+    assert all(0 <= cut < exact for exact, cut in kept)
+    summary = (folder / "summary.txt").read_text()
+    mean = np.mean([exact for exact, _ in kept])
+    assert f"KL, exact in each step  {mean:.4f} nats" in summary and "to the top k alone" in summary
+    script("mavis", "--obj_weights", "1", "--beta", 4, "--no-track_KL")
+    script("baseline_eval", "--num_samples", 2, "--obj_weights", "1")
+    others = [f for f in run_folders(script) if f != folder]
+    assert len(others) == 2 and not any("kl_exact" in s for f in others for s in read_samples(f))
+
+
 def test_the_log_ratio_is_left_out_where_it_is_not_tracked(script):
     script("baseline_eval", "--no-track_KL")
     (folder,) = run_folders(script)

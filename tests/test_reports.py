@@ -275,6 +275,21 @@ def test_the_kls_of_an_equal_kl_row_are_those_of_the_prompts_that_it_compares(tm
     assert row["lowest_kl"] <= row["left_kl"] <= row["kl"] <= row["right_kl"] <= row["highest_kl"]
 
 
+def test_the_exact_kl_stands_beside_the_estimate_where_it_is_known(tmp_path):
+    make_run(tmp_path, "mavis", {"help": 0.5, "harm": 0.5}, beta=2.0, kl=2.0)
+    make_run(tmp_path, "mod", {"help": 0.5, "harm": 0.5}, kl=1.0)
+    pareto_report.main([str(tmp_path), "--output_dir", str(tmp_path / "r")])
+    rows = {r["method"]: r for r in json.loads((tmp_path / "r" / "report.json").read_text())["sections"][0]["runs"]}
+    exact = 2.0 + np.mean([0.01 * (i % 7) for i in range(20)])
+    assert rows["mavis"]["kl_exact"][0] == pytest.approx(exact) and rows["mavis"]["kl_top_k"][0] == pytest.approx(
+        exact - 0.4
+    )
+    assert rows["mod"]["kl_exact"] is None and rows["mod"]["kl"] == pytest.approx(1.0, abs=0.3)
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "r" / page).read_text()
+        assert text.count("KL in three conventions") == 1 and f"{exact:.2f} +- " in text
+
+
 def test_the_markdown_embeds_figures_tables_and_unedited_samples(world):
     workspace, folder, report = world
     text = (folder / "report.md").read_text()
