@@ -182,4 +182,4 @@ def test_looking_for_what_is_not_finite_costs_no_look_of_its_own(monkeypatch):
     queue = deque([decoding.Job((1,), decoding.Prefix([5, 6]), 32)])
     list(decoding.run_jobs(policy, queue, eos_token_id=None, batch_size=1, sync_every=16))
     assert reads["step"] == 0  # neither the distribution nor the record of a step waits for the device
-    assert reads["look"] == 2 + 6  # two looks in 32 steps, and the six fields of the completion
+    assert reads["look"] == 2 + 2  # two looks in 32 steps, and the two pieces of the completion
