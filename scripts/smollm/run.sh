@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The real small world, from a language model and human data to fronts: SmolLM2-135M-Instruct steered by value models.
 #
-#   DATA_DIR=/path/to/data bash scripts/smollm/run.sh            1 to 2 hours on 2 CPU cores
+#   DATA_DIR=/path/to/data bash scripts/smollm/run.sh            about 2 hours on 2 CPU cores
 #   SMOKE=1 DATA_DIR=/path/to/data bash scripts/smollm/run.sh    the same chain on a handful of prompts, < 10 minutes
 #
 # DATA_DIR holds hh/helpful-base.test.jsonl.gz, hh/harmless-base.test.jsonl.gz and humor/colbert_dev.csv.gz; where it is
