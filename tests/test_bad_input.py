@@ -350,6 +350,24 @@ def test_what_a_configuration_names_and_is_not_there_exits_1(world, fails, chang
     fails(mavis, *MAVIS, "--seed", 77, config=config, status=1, said=said)
 
 
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("utils.tiny_world:help_reward", "here"),
+        ("utils.tiny_world:hlep_reward", "has no 'hlep_reward'; did you mean 'help_reward'?"),
+        ("utils.nowhere:f", "missing"),
+        ("nowhere:f", "missing: no such module"),
+        ("utils.tiny_world", "missing: it must read package.module:function"),
+        ("json:dumps", "Python"),
+    ],
+)
+def test_a_dry_run_looks_for_rewards_that_are_functions(world, capsys, function, said):
+    config = world.edit(at("objectives", "help", "function", function))
+    assert run(lambda: mavis.main([*MAVIS, "--config", config, "--dry_run"])) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "reward of help" in line]
+    assert said in line and "torch" not in line
+
+
 def test_a_label_that_a_reward_model_lacks_exits_1(world, fails, tmp_path):
     import torch
 

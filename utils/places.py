@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import hashlib
+import importlib.util
 import json
 import re
 import shlex
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import found
+from utils.config import REPOSITORY
 from utils.errors import DataError
 from utils.files import write_json
 from utils.specs import Config, DatasetSpec, ObjectiveSpec
@@ -116,9 +120,31 @@ def reward_rows(config: Config, objectives: Sequence[str]) -> list[tuple[str, st
     rows = []
     for spec in map(config.objective, objectives):
         path = spec.function if spec.kind == "callable" else config.locate(spec.path)
-        where = "Python" if spec.kind == "callable" else found(path, training_command(config, spec))
+        where = function_found(config, path) if spec.kind == "callable" else found(path, training_command(config, spec))
         rows.append((f"reward of {spec.name} ({spec.kind})", path, where))
     return rows
+
+
+def function_found(config: Config, function: str) -> str:
+    """What a dry run says of package.module:function, whose module is looked at and not run."""
+    module, _, name = function.partition(":")
+    if not module or not name:
+        return "missing: it must read package.module:function"
+    folders = (Path.cwd(), config.path.resolve().parent, REPOSITORY)
+    files = (folder.joinpath(*module.split(".")).with_suffix(".py") for folder in folders)
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:  # of an installed package, or nowhere
+        top = module.partition(".")[0]
+        ours = any((folder / top).is_dir() for folder in folders)
+        return "missing: no such module" if ours or not importlib.util.find_spec(top) else "Python"
+    try:
+        nodes = ast.parse(file.read_text()).body
+    except (SyntaxError, ValueError) as error:
+        return f"missing: {file} is no Python ({error})"
+    names = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    # A name may also be assigned or imported: only what is near to another one is taken for a mistake.
+    close = difflib.get_close_matches(name, names, n=1)
+    return "here" if name in names or not close else f"missing: {file} has no {name!r}; did you mean {close[0]!r}?"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
