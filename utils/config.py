@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import ConfigError, nearest
-from utils.specs import NORMALIZATIONS, Config
+from utils.specs import NORMALIZATIONS, Config, DatasetSpec, ObjectiveSpec, SourceSpec
 from utils.summaries import MEASURES
 from utils.text_formats import FORMATS
 
@@ -184,78 +184,87 @@ def _check_numbers(value, where: str, file: Path) -> None:
                 raise ConfigError(f"{file}: {place} {problem}")
 
 
-def _check(config: Config) -> None:
-    """What types alone do not say."""
+def _choice(config: Config, value, valid, where: str) -> None:
+    if value not in valid:
+        raise ConfigError(f"{config.path}: {where} is {value!r}; {nearest(value, valid)}")
 
-    def choice(value, valid, where):
-        if value not in valid:
-            raise ConfigError(f"{config.path}: {where} is {value!r}; {nearest(value, valid)}")
 
-    def template(text, where, needed):
-        fields = re.findall(r"\{(\w+)\}", text)
-        for name in fields:
-            choice(name, TEMPLATE_FIELDS[where.rsplit(".", 1)[-1]], f"a field of {where}")
-        if not set(fields) & set(needed):
-            raise ConfigError(f"{config.path}: {where} must contain {{{'} or {'.join(needed)}}}, got {text!r}")
+def _check_template(config: Config, text: str, where: str, needed: tuple[str, ...]) -> None:
+    fields = re.findall(r"\{(\w+)\}", text)
+    for name in fields:
+        _choice(config, name, TEMPLATE_FIELDS[where.rsplit(".", 1)[-1]], f"a field of {where}")
+    if not set(fields) & set(needed):
+        raise ConfigError(f"{config.path}: {where} must contain {{{'} or {'.join(needed)}}}, got {text!r}")
 
-    def names(found, where):
+
+def _check_source(config: Config, source: SourceSpec, where: str) -> None:
+    low, high = source.hash_range
+    if not 0 <= low < high <= 1:
+        raise ConfigError(
+            f"{config.path}: {where}.hash_range must be two numbers from 0 to 1, the lower first, got "
+            f"[{low:g}, {high:g}]"
+        )
+
+
+def _check_names(config: Config) -> None:
+    """Names that are parts of folders, columns and lists, and that two data sets must not share."""
+    for where, found in (("datasets", config.datasets), ("objectives", config.objectives)):
         for name in found:
             if not re.fullmatch(NAME, name) or name in TAKEN or name.startswith("judge_"):
                 raise ConfigError(
                     f"{config.path}: {where}.{name}: letters, digits, '_' and '-' make a name; taken are "
                     f"{', '.join(TAKEN)} and what begins with judge_"
                 )
-
-    def once(pairs, what):
-        owners = {}
-        for name, owner in pairs:
-            if owners.setdefault(name, owner) != owner:
-                both = f"datasets.{owners[name]} and datasets.{owner}"
+    owners: dict[tuple[str, str], str] = {}
+    for spec in config.datasets.values():
+        shared = [("name or exp_type", name) for name in {spec.name, spec.exp_type}]
+        shared += [("objective", name) for name in spec.objectives]  # what is made for one lies under its name alone
+        for what, name in shared:
+            if (owner := owners.setdefault((what, name), spec.name)) != spec.name:
+                both = f"datasets.{owner} and datasets.{spec.name}"
                 raise ConfigError(f"{config.path}: {both} have the same {what}, {name!r}")
 
-    def source(spec, where):
-        low, high = spec.hash_range
-        if not 0 <= low < high <= 1:
-            raise ConfigError(
-                f"{config.path}: {where}.hash_range must be two numbers from 0 to 1, the lower first, got "
-                f"[{low:g}, {high:g}]"
-            )
 
-    names(config.datasets, "datasets")
-    names(config.objectives, "objectives")
+def _check_dataset(config: Config, spec: DatasetSpec) -> None:
+    where = f"datasets.{spec.name}"
+    _choice(config, spec.prompt_format, FORMATS, f"{where}.prompt_format")
+    for objective in spec.objectives:
+        _choice(config, objective, config.objectives, f"{where}.objectives")
+    if not spec.objectives or len(set(spec.objectives)) < len(spec.objectives):
+        raise ConfigError(f"{config.path}: {where}.objectives must name at least one, each once")
+    _choice(config, spec.training.packing, ("node", "tree"), f"{where}.training.packing")
+    _choice(config, spec.training.targets, ("ends", "dense"), f"{where}.training.targets")
+    _choice(config, spec.training.head_start, ("mean", "ridge"), f"{where}.training.head_start")
+    if spec.training.num_epochs == 0 and spec.training.head_start != "ridge":
+        raise ConfigError(f"{config.path}: {where}.training.num_epochs is 0, which needs head_start: ridge")
+    _check_template(config, spec.reference_template, f"{where}.reference_template", ("prompt", "user"))
+    for name, source in spec.splits.items():
+        _check_source(config, source, f"{where}.splits.{name}")
+
+
+def _check_objective(config: Config, spec: ObjectiveSpec) -> None:
+    where = f"objectives.{spec.name}"
+    _check_template(config, spec.text, f"{where}.text", ("response",))
+    _choice(config, spec.kind, ("classifier", "pooled", "callable"), f"{where}.kind")
+    needed = "function" if spec.kind == "callable" else "path"
+    if not getattr(spec, needed):
+        raise ConfigError(f"{config.path}: {where}.{needed} is missing (kind {spec.kind!r} needs it)")
+    if spec.training:
+        _choice(config, spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
+        _choice(config, spec.training.head, ("linear", "full"), f"{where}.training.head")
+        _check_source(config, spec.training.source, f"{where}.training.source")
+        _check_source(config, spec.training.holdout, f"{where}.training.holdout")
+
+
+def _check(config: Config) -> None:
+    """What types alone do not say."""
+    _check_names(config)
     _check_numbers(config.as_dict(), "", config.path)
-    called = [(name, spec.name) for spec in config.datasets.values() for name in {spec.name, spec.exp_type}]
-    once(called, "name or exp_type")
-    # What is made for an objective lies under its name alone.
-    once(((o, spec.name) for spec in config.datasets.values() for o in spec.objectives), "objective")
-    for spec in config.datasets.values():
-        where = f"datasets.{spec.name}"
-        choice(spec.prompt_format, FORMATS, f"{where}.prompt_format")
-        for objective in spec.objectives:
-            choice(objective, config.objectives, f"{where}.objectives")
-        if not spec.objectives or len(set(spec.objectives)) < len(spec.objectives):
-            raise ConfigError(f"{config.path}: {where}.objectives must name at least one, each once")
-        choice(spec.training.packing, ("node", "tree"), f"{where}.training.packing")
-        choice(spec.training.targets, ("ends", "dense"), f"{where}.training.targets")
-        choice(spec.training.head_start, ("mean", "ridge"), f"{where}.training.head_start")
-        if spec.training.num_epochs == 0 and spec.training.head_start != "ridge":
-            raise ConfigError(f"{config.path}: {where}.training.num_epochs is 0, which needs head_start: ridge")
-        template(spec.reference_template, f"{where}.reference_template", ("prompt", "user"))
-        for name, rows in spec.splits.items():
-            source(rows, f"{where}.splits.{name}")
-    for spec in config.objectives.values():
-        where = f"objectives.{spec.name}"
-        template(spec.text, f"{where}.text", ("response",))
-        choice(spec.kind, ("classifier", "pooled", "callable"), f"{where}.kind")
-        needed = "function" if spec.kind == "callable" else "path"
-        if not getattr(spec, needed):
-            raise ConfigError(f"{config.path}: {where}.{needed} is missing (kind {spec.kind!r} needs it)")
-        if spec.training:
-            choice(spec.training.kind, ("preference", "labels"), f"{where}.training.kind")
-            choice(spec.training.head, ("linear", "full"), f"{where}.training.head")
-            source(spec.training.source, f"{where}.training.source")
-            source(spec.training.holdout, f"{where}.training.holdout")
-    choice(config.value_model.pooling, ("last", "mean"), "value_model.pooling")
-    choice(config.decoding.normalization, NORMALIZATIONS, "decoding.normalization")
+    for dataset in config.datasets.values():
+        _check_dataset(config, dataset)
+    for objective in config.objectives.values():
+        _check_objective(config, objective)
+    _choice(config, config.value_model.pooling, ("last", "mean"), "value_model.pooling")
+    _choice(config, config.decoding.normalization, NORMALIZATIONS, "decoding.normalization")
     for dtype, where in ((config.cpu_dtype, "cpu_dtype"), (config.gpu_dtype, "gpu_dtype")):
-        choice(dtype, ("auto", "float32", "float64", "bfloat16", "float16"), where)
+        _choice(config, dtype, ("auto", "float32", "float64", "bfloat16", "float16"), where)
