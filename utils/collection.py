@@ -63,7 +63,7 @@ def add_collection_arguments(parser: ArgumentParser, *, num_default: str = "") -
 def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: Path, more=()) -> int:
     """Print what the collection would load."""
     from utils.data import prompts_csv
-    from utils.places import reference_path
+    from utils.places import prompts_command, reference_path
 
     check_arguments(dataset, args)
     csv = prompts_csv(config, dataset, args.data_split)
@@ -71,13 +71,7 @@ def dry_run(config: Config, dataset: DatasetSpec, args: Namespace, output_dir: P
     cli.report_dry_run(
         [
             ("reference", reference, cli.found(reference, made_by)),
-            (
-                "prompts",
-                str(csv),
-                cli.found(
-                    str(csv), f"python dataset_preprocess.py {dataset.name} --split {args.data_split} {config.flags}"
-                ),
-            ),
+            ("prompts", str(csv), cli.found(str(csv), prompts_command(dataset.name, args.data_split, config))),
             *more,
             ("trees", str(output_dir), "made by this stage"),
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from utils.cli import progress
 from utils.errors import ConfigError, DataError, nearest
 from utils.files import write_csv
+from utils.places import prompts_command
 from utils.rows import csv_rows
 from utils.specs import Config, DatasetSpec, SourceSpec
 from utils.text_formats import NO_COLUMN, RowDropped, format_of, prompt_hash, shown_to_reference
@@ -193,10 +194,9 @@ def read_prompts(path: str | os.PathLike, config: Config | None = None) -> list[
 def _made_by(path: Path, config: Config | None) -> str:
     """The command that makes a prompts file, from its name."""
     name, _, split = path.name.removesuffix("_deduped.csv").rpartition("_")
-    option = f" {config.flags}" if config is not None else ""
     if not name or not path.name.endswith("_deduped.csv"):
-        return f"dataset_preprocess.py makes such files: python dataset_preprocess.py <data set> --split test{option}"
-    return f"make it with: python dataset_preprocess.py {name} --split {split}{option}"
+        return f"dataset_preprocess.py makes such files: {prompts_command('<data set>', 'test', config)}"
+    return f"make it with: {prompts_command(name, split, config)}"
 
 
 def encode_prompts(

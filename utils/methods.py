@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from utils.answers import Generate, Read, Remembered, Score, sampler
 from utils.cli import found, report_dry_run
 from utils.errors import DataError, UsageError
-from utils.places import reference_path, reward_rows, training_command
+from utils.places import prompts_command, reference_path, reward_rows, training_command
 from utils.provenance import fingerprint, hash_of
 from utils.runs import RunSpec
 from utils.settings import Settings
@@ -223,13 +223,7 @@ def dry_run(points: Sequence[Settings], methods: Sequence[Method]) -> None:
 
     config, spec, split = points[0].config, points[0].spec, points[0].split
     file = prompts_csv(config, spec, split)
-    rows = [
-        (
-            "prompts",
-            str(file),
-            found(str(file), f"python dataset_preprocess.py {spec.name} --split {split} {config.flags}"),
-        )
-    ]
+    rows = [("prompts", str(file), found(str(file), prompts_command(spec.name, split, config)))]
     for settings, method in zip(points, methods, strict=True):
         loaded = checkpoints(settings, method).items()
         rows += [(what, str(path), found(str(path), by)) for what, (path, by) in loaded]

@@ -33,6 +33,11 @@ def reference_path(config: Config, dataset: DatasetSpec) -> tuple[str, str]:
     return config.sft_path(dataset), made_by
 
 
+def prompts_command(dataset: str, split: str, config: Config | None) -> str:
+    """The command that makes a split's prompts; None for a file that no configuration is known of."""
+    return f"python dataset_preprocess.py {dataset} --split {split}" + (f" {config.flags}" if config else "")
+
+
 def value_model_folder(config: Config, value_model_dir: str | Path | None, iteration: int, objective: str) -> Path:
     """<value_model_dir>/iter_<N>/<objective>."""
     root = Path(value_model_dir) if value_model_dir else config.default_path("value_models")

@@ -24,7 +24,7 @@ from utils.cli import add_common, config_from, found, objectives_of, overridden,
 from utils.config import number_problem
 from utils.errors import UsageError
 from utils.files import lets_go
-from utils.places import reference_path, reward_rows
+from utils.places import prompts_command, reference_path, reward_rows
 from utils.specs import ArmSpec, Config, DatasetSpec, ObjectiveSpec
 
 PAIRS = ("reward", "preference")
@@ -93,7 +93,7 @@ def dry_run(args: Namespace, config: Config, dataset: DatasetSpec, objective: st
     base, made_by = reference_path(config, dataset)
     rows = [("reference", base, found(base, made_by))]
     if args.pairs == "reward":
-        made = f"python dataset_preprocess.py {dataset.name} --split train {config.flags}"
+        made = prompts_command(dataset.name, "train", config)
         rows += [("prompts", str(prompts), found(str(prompts), made)), *reward_rows(config, [objective])]
     report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
 

@@ -29,7 +29,7 @@ from utils.cli import add_common, config_from, found, objectives_of, overridden,
 from utils.config import number_problem
 from utils.errors import UsageError
 from utils.files import lets_go
-from utils.places import reference_path, reward_rows
+from utils.places import prompts_command, reference_path, reward_rows
 from utils.specs import Config, DatasetSpec, PPOSpec
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
     file = prompts_csv(config, dataset, "train")
     if args.dry_run:
-        made = f"python dataset_preprocess.py {dataset.name} --split train {config.flags}"
+        made = prompts_command(dataset.name, "train", config)
         rows = [("reference", base, found(base, made_by)), ("prompts", str(file), found(str(file), made))]
         rows += reward_rows(config, list(weights))
         report_dry_run([*rows, ("adapter", str(folder), "here" if folder.exists() else "would be made")])
